@@ -1,0 +1,174 @@
+"""The float64 twin: the same program, evaluated as if it had been written in float64 throughout.
+
+`module.double()` is not that: a norm that casts to float32 inside crashes or rounds, and a float32 constant stays one. A
+twin is a structural clone of the module (its tensors stand in their place as `Lifted`, which say that they are float64 and
+are converted where an operation consumes them, so that no second copy of the weights is held), run under `lifted()`, a pair
+of modes that turn every lower-precision cast, factory and constant into float64. The person's own module is never touched:
+its training flag, hooks, buffers, dtype and device stay as they are, also after a failure.
+
+Sources: torch.utils._python_dispatch (modes, wrapper subclasses); torch.nn.attention (math form of the attention).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+LOW = frozenset(
+    {torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+)  # what is raised to float64
+_FACTORIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+
+
+class Lifted(Tensor):
+    """A tensor of lower precision that says it is float64. Its bytes stay where they are; an operation converts them on use."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Lifted:
+        out: Lifted = Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=torch.float64,
+            device=inner.device,
+            requires_grad=False,
+        )
+        out.inner = inner
+        return out
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"Lifted({tuple(self.shape)}, from {self.inner.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(lift, args), **tree_map(lift, kwargs or {}))
+
+
+def lift(x: Any) -> Any:
+    """A lower-precision tensor as float64, a low dtype as torch.float64, anything else as it is."""
+    if isinstance(x, Lifted):
+        return x.inner.detach().to(torch.float64)
+    if isinstance(x, Tensor):
+        return x.to(torch.float64) if x.dtype in LOW else x
+    if isinstance(x, torch.dtype) and x in LOW:
+        return torch.float64
+    return x
+
+
+class LiftCasts(TorchDispatchMode):
+    """Raises every operand, cast and factory of lower precision to float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(lift, args), **tree_map(lift, kwargs or {}))
+
+
+class LiftConstants(TorchFunctionMode):
+    """`torch.tensor(0.1, dtype=torch.float32)` rounds before any operator runs: give it float64 to begin with."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("dtype") in LOW:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that the modules hold: parameters, buffers, and plain attributes (also in lists and dicts)."""
+    seen: set[int] = set()
+
+    def walk(x: Any, depth: int) -> Iterator[Tensor]:
+        if isinstance(x, Tensor):
+            if id(x) not in seen:
+                seen.add(id(x))
+                yield x
+        elif depth and isinstance(x, dict):
+            for v in x.values():
+                yield from walk(v, depth - 1)
+        elif depth and isinstance(x, (list, tuple)):
+            for v in x:
+                yield from walk(v, depth - 1)
+
+    for m in module.modules():
+        for k, v in vars(m).items():
+            if k != "_modules":
+                yield from walk(v, 3)
+
+
+def clone(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A structural copy of `module` in eval mode in which each tensor x is `replace(x)`; ties stay ties."""
+    memo: dict[int, Any] = {}
+    keep: list[Tensor] = []  # ids in the memo must stay alive while copying
+    for t in _tensors_of(module):
+        memo[id(t)] = new = replace(t)
+        keep += [t, new]
+    was = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    try:
+        twin = copy.deepcopy(module, memo)
+    finally:
+        torch.set_grad_enabled(was)
+    return twin.eval()
+
+
+def lifted_tensor(t: Tensor) -> Tensor:
+    """The stand-in of one tensor in a twin; float64, integer and boolean ones are shared, not copied."""
+    return Lifted(t.detach()) if t.dtype in LOW else t.detach()
+
+
+def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The float64 twin of `module`; `values` (by state-dict name, any float dtype) stand in place of its own tensors."""
+    put: dict[int, Tensor] = {}
+    if values:
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        for name, v in values.items():
+            put[id(own[name])] = v
+    return clone(module, lambda t: lifted_tensor(put.get(id(t), t)))
+
+
+@contextlib.contextmanager
+def math_only() -> Iterator[None]:
+    """Documented operators only: attention in its math form, no fused encoder fast path, no vendor RNN kernels, no gradients."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    dtype = torch.get_default_dtype()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if torch.backends.cudnn.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(torch.float64)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def lifted(mode: TorchDispatchMode | None = None) -> Iterator[None]:
+    """Inside, whatever runs on a twin runs in float64. `mode` may replace LiftCasts (the recorder is such a mode)."""
+    with math_only(), LiftConstants(), mode if mode is not None else LiftCasts():
+        yield
+
+
+def run(fn: Callable[[nn.Module, Any], Any], module: nn.Module, x: Any) -> Any:
+    """`fn(module, x)` on a twin, with x's floats in float64."""
+    with lifted():
+        return fn(module, tree_map(lift, x))
