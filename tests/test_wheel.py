@@ -39,9 +39,11 @@ def bin_dir(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(home, with_pip=False, symlinks=True)
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
     (site,) = home.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages")
+    # Everything installed here, except this project itself and what is run at start-up (an editable install is that).
+    for lent in Path(sysconfig.get_path("purelib")).iterdir():
+        if "weightzoo" not in lent.name and lent.suffix != ".pth" and lent.name != "__pycache__":
+            (site / lent.name).symlink_to(lent, target_is_directory=lent.is_dir())
     run(sys.executable, "-m", "pip", f"--python={home}", "install", "--no-deps", "--no-index", wheel, cwd=home)
-    # A .pth line extends sys.path but is not itself searched for .pth files: the checkout's editable install stays out.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return scripts
 
 
