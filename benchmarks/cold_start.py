@@ -20,7 +20,7 @@ BASELINE = "python -c 'import click, pluggy'"
 
 
 def checkpoint(path: Path, layers: int = 12) -> None:
-    """A file with as many tensors as an encoder of `layers` blocks has; their size does not matter to who reads headers."""
+    """As many tensors as an encoder of `layers` blocks has; to a command that reads headers their size is nothing."""
     tensors = {"embeddings.word.weight": np.zeros((8, 4), np.float32)}
     for i in range(layers):
         for name in ("query", "key", "value", "out", "norm1", "up", "down", "norm2"):
