@@ -1,0 +1,504 @@
+"""What a run shows: a tape of documented operators, recorded from a float64 twin.
+
+The recorder is a TorchDispatchMode. It writes one node per aten operator, functional (an in-place update becomes a new value
+of the tensor and of every live alias of it) and canonical: operators that hide a parameter inside a larger computation
+(addmm, layer norm, batch norm, a convolution's bias) are taken apart, so that two libraries which spell the same function
+differently leave comparable tapes. Float values get a fingerprint that does not depend on layout.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from surgery import twin
+
+aten = torch.ops.aten
+HUGE = 1e8  # masked scores: -inf, the dtype's minimum and -1e9 stand for the same thing
+Fingerprint = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value on a tape, by number."""
+
+    vid: int
+
+
+@dataclass(slots=True)
+class Node:
+    """One operator call. `args` and `kwargs` hold Ref where a tensor stood."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[int, ...]
+    module: str
+    inputs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Value:
+    """What is known of a value of the recorded run. `origin`: param, input, const (made outside), or node."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: str
+    name: str = ""  # state-dict name of a parameter or buffer
+    node: int = -1  # index of the producing node
+    out: int = 0  # which of its outputs
+    data: bool = False  # depends on the inputs
+    weights: bool = False  # depends on parameters
+    fingerprint: Fingerprint | None = None
+    tensor: Tensor | None = None  # kept where small enough
+
+
+@dataclass
+class Tape:
+    """A recorded run. `result` is what the runner returned, with Ref for tensors."""
+
+    nodes: list[Node] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    params: dict[str, int] = field(default_factory=dict)
+    consumers: list[list[int]] = field(default_factory=list)
+    result: Any = None
+
+    def outputs(self) -> list[int]:
+        return [r.vid for r in tree_iter(self.result) if isinstance(r, Ref)]
+
+
+def fingerprint(t: Tensor) -> Fingerprint | None:
+    """Sums that no permutation, reshape or zero padding changes. None where a value tells nothing (constant, not finite)."""
+    if t.numel() == 0 or not (t.is_floating_point() or t.is_complex()):
+        return None
+    x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    x = x.reshape(-1)
+    x = torch.where(x.abs() < HUGE, x, 0.0)
+    a = x.abs()
+    s = torch.stack([a.sum(), torch.dot(x, x), x.sum(), torch.dot(x, a), a.max(), x.max() - x.min()]).tolist()
+    if not all(map(math.isfinite, s)) or s[0] == 0.0 or s[5] <= 1e-9 * s[4]:
+        return None
+    return (s[0], s[1], s[2], s[3])
+
+
+def same(a: Fingerprint, b: Fingerprint, tol: float = 1e-9) -> bool:
+    return (
+        abs(a[0] - b[0]) <= tol * a[0]
+        and abs(a[1] - b[1]) <= tol * a[1]
+        and abs(a[2] - b[2]) <= tol * a[0]
+        and abs(a[3] - b[3]) <= tol * a[1]
+    )
+
+
+class FingerprintIndex:
+    """Values by fingerprint."""
+
+    def __init__(self, items: Iterable[tuple[int, Fingerprint | None]]) -> None:
+        self.rows = sorted((f[1], vid, f) for vid, f in items if f is not None)
+        self.keys = [r[0] for r in self.rows]
+
+    def find(self, f: Fingerprint | None, tol: float = 1e-9) -> list[int]:
+        if f is None:
+            return []
+        lo = bisect.bisect_left(self.keys, f[1] * (1 - tol))
+        out = []
+        while lo < len(self.rows) and self.keys[lo] <= f[1] * (1 + tol):
+            if same(f, self.rows[lo][2], tol):
+                out.append(self.rows[lo][1])
+            lo += 1
+        return out
+
+
+def overlay(old: Tensor, new: Tensor, at: Tensor, take: Tensor) -> Tensor:
+    """`old` with its elements `at` replaced by the elements `take` of `new` (flat positions): an in-place write seen by an alias."""
+    out = old.clone().reshape(-1)
+    out[at.to(out.device)] = new.reshape(-1)[take.to(new.device)].to(out.dtype)
+    return out.reshape(old.shape)
+
+
+def _channel(x: Tensor, t: Tensor, axis: int = 1) -> list[int]:
+    shape = [1] * x.ndim
+    shape[axis] = t.numel()
+    return shape
+
+
+def _canon() -> dict[Any, Callable[..., Any]]:
+    """Operators taken apart, so that every parameter meets one product or one sum of its own."""
+
+    def addmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        return _scaled_add(r, r.call(aten.mm.default, x, w), b, beta, alpha)
+
+    def addmv(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        y = r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
+        return _scaled_add(r, y, b, beta, alpha)
+
+    def mv(r: Recorder, x: Any, w: Any) -> Any:
+        return r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
+
+    def dot(r: Recorder, a: Any, b: Any) -> Any:
+        y = r.call(aten.mm.default, r.call(aten.unsqueeze.default, a, 0), r.call(aten.unsqueeze.default, b, 1))
+        return r.call(aten.view.default, y, [])
+
+    def baddbmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        return _scaled_add(r, r.call(aten.bmm.default, x, w), b, beta, alpha)
+
+    def _scaled_add(r: Recorder, y: Any, b: Any, beta: Any, alpha: Any) -> Any:
+        if alpha != 1:
+            y = r.call(aten.mul.Tensor, y, alpha)
+        if beta == 0:
+            return y
+        if beta != 1:
+            b = r.call(aten.mul.Tensor, b, beta)
+        return r.call(aten.add.Tensor, y, b)
+
+    def affine(r: Recorder, y: Any, w: Any, b: Any, shape: list[int] | None) -> Any:
+        for op, p in ((aten.mul.Tensor, w), (aten.add.Tensor, b)):
+            if p is not None:
+                y = r.call(op, y, p if shape is None else r.call(aten.view.default, p, shape))
+        return y
+
+    def layer_norm(r: Recorder, x: Any, shape: Any, w: Any, b: Any, eps: float) -> Any:
+        y, mean, rstd = r.call(aten.native_layer_norm.default, x, shape, None, None, eps)
+        return affine(r, y, w, b, None), mean, rstd
+
+    def group_norm(r: Recorder, x: Any, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+        y, mean, rstd = r.call(aten.native_group_norm.default, x, None, None, n, c, hw, groups, eps)
+        return affine(r, y, w, b, [1, c] + [1] * (x.ndim - 2)), mean, rstd
+
+    def batch_norm_eval(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
+        shape = _channel(x, mean)
+        y = r.call(aten.sub.Tensor, x, r.call(aten.view.default, mean, shape))
+        s = r.call(aten.rsqrt.default, r.call(aten.add.Tensor, var, eps))
+        y = r.call(aten.mul.Tensor, y, r.call(aten.view.default, s, shape))
+        return affine(r, y, w, b, shape)
+
+    def batch_norm(
+        r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+    ) -> Any:
+        if training or mean is None:  # statistics of the input itself
+            y, m, s = r.call(aten.native_batch_norm.default, x, None, None, mean, var, training, momentum, eps)
+            return affine(r, y, w, b, [1, x.shape[1]] + [1] * (x.ndim - 2)), m, s
+        y = batch_norm_eval(r, x, w, b, mean, var, eps)
+        return y, x.new_empty(0), x.new_empty(0)
+
+    def batch_norm_legit(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+        return batch_norm_eval(r, x, w, b, mean, var, eps), x.new_empty(0), x.new_empty(0)
+
+    def convolution(r: Recorder, x: Any, w: Any, b: Any, *rest: Any) -> Any:
+        y = r.call(aten.convolution.default, x, w, None, *rest)
+        return y if b is None else r.call(aten.add.Tensor, y, r.call(aten.view.default, b, _channel(y, b)))
+
+    def addcmul(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
+        y = r.call(aten.mul.Tensor, b, c)
+        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
+
+    def addcdiv(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
+        y = r.call(aten.div.Tensor, b, c)
+        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
+
+    def rsub(r: Recorder, a: Any, b: Any, alpha: Any = 1) -> Any:
+        a = a if alpha == 1 else r.call(aten.mul.Tensor, a, alpha)
+        return r.call(aten.add.Tensor, r.call(aten.neg.default, a), b)
+
+    def sub(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
+        return r.call(aten.sub.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
+
+    def add(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
+        return r.call(aten.add.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
+
+    def embedding(r: Recorder, w: Any, ids: Any, *_: Any) -> Any:
+        return r.call(aten.index.Tensor, w, [ids])
+
+    def stack(r: Recorder, ts: Any, dim: int = 0) -> Any:
+        dim = dim if dim >= 0 else dim + ts[0].ndim + 1
+        return r.call(aten.cat.default, [r.call(aten.unsqueeze.default, t, dim) for t in ts], dim)
+
+    def mean(r: Recorder, x: Any, dims: Any, keep: bool = False, *, dtype: Any = None) -> Any:
+        dims = list(dims) if dims else list(range(x.ndim))
+        n = math.prod(x.shape[d] for d in dims)
+        return r.call(aten.div.Tensor, r.call(aten.sum.dim_IntList, x, dims, keep), n)
+
+    def prelu(r: Recorder, x: Any, w: Any) -> Any:
+        pos = r.call(aten.clamp_min.default, x, 0)
+        neg = r.call(aten.clamp_max.default, x, 0)
+        shape = _channel(x, w) if w.numel() > 1 and x.ndim > 1 else [1] * x.ndim
+        return r.call(aten.add.Tensor, pos, r.call(aten.mul.Tensor, neg, r.call(aten.view.default, w, shape)))
+
+    return {
+        aten.addmm.default: addmm,
+        aten.addmv.default: addmv,
+        aten.mv.default: mv,
+        aten.dot.default: dot,
+        aten.baddbmm.default: baddbmm,
+        aten.native_layer_norm.default: layer_norm,
+        aten.native_group_norm.default: group_norm,
+        aten.native_batch_norm.default: batch_norm,
+        aten._native_batch_norm_legit_no_training.default: batch_norm_legit,
+        aten.convolution.default: convolution,
+        aten.addcmul.default: addcmul,
+        aten.addcdiv.default: addcdiv,
+        aten.rsub.Tensor: rsub,
+        aten.rsub.Scalar: rsub,
+        aten.sub.Tensor: sub,
+        aten.add.Tensor: add,
+        aten.embedding.default: embedding,
+        aten.stack.default: stack,
+        aten.mean.dim: mean,
+        aten._prelu_kernel.default: prelu,
+    }
+
+
+CANON = _canon()
+RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
+SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})
+
+
+class _Touch(TorchFunctionMode):
+    """Python that reads a tensor's values without an operator: noted, since what follows may depend on them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy) and args and isinstance(args[0], Tensor):
+            self.recorder.sync(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(TorchDispatchMode):
+    """Records on a Tape what runs inside; use `record()`."""
+
+    def __init__(self, keep: int) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self.ids: Any = WeakIdKeyDictionary()
+        self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.stack: list[str] = []
+        self.budget = keep  # bytes of activations that may be held
+        self.inside = False
+
+    # -- values -------------------------------------------------------------------------------------------------------
+    def add(self, t: Tensor, value: Value) -> int:
+        vid = len(self.tape.values)
+        if value.origin == "node" and value.data:
+            value.fingerprint = fingerprint(t)
+        size = t.numel() * t.element_size()
+        if value.origin != "param" and (not t.is_floating_point() or size <= self.budget):
+            value.tensor = t.detach().clone()
+            self.budget -= size if t.is_floating_point() else 0
+        self.tape.values.append(value)
+        self.tape.consumers.append([])
+        self.ids[t] = vid
+        if not isinstance(t, twin.Lifted) and t.numel():
+            self.storages.setdefault(t.untyped_storage()._cdata, []).append(weakref.ref(t))
+        return vid
+
+    def vid(self, t: Tensor) -> int:
+        """The number of a tensor; one that no recorded operator made is a constant of this program."""
+        found = self.ids.get(t)
+        if found is None:
+            real = twin.lift(t)
+            found = self.add(t, Value(tuple(t.shape), real.dtype, "const"))
+            self.tape.values[found].tensor = real.detach().clone()
+        return int(found)
+
+    def sync(self, t: Tensor) -> None:
+        """Python reads the values of t: remember them, a replay must come to the same."""
+        vid = self.vid(t)
+        node = Node("sync", (Ref(vid),), {"saw": twin.lift(t).detach().clone()}, (), self.where(), (vid,))
+        self.tape.consumers[vid].append(len(self.tape.nodes))
+        self.tape.nodes.append(node)
+
+    def where(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one operator on real tensors and write it down."""
+        refs: list[int] = []
+
+        def ref(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                refs.append(self.vid(x))
+                return Ref(refs[-1])
+            return x
+
+        low_args, low_kwargs = tree_map(twin.lift, args), tree_map(twin.lift, kwargs)
+        rargs, rkwargs = tree_map(ref, args), tree_map(ref, tree_map(lambda d: d if isinstance(d, Tensor) else twin.lift(d), kwargs))
+        rargs = tree_map(lambda d: twin.lift(d) if isinstance(d, torch.dtype) else d, rargs)
+        out = op(*low_args, **low_kwargs)
+        index = len(self.tape.nodes)
+        data = any(self.tape.values[v].data for v in refs)
+        weights = any(self.tape.values[v].weights for v in refs)
+        outs = []
+        name = getattr(op, "__name__", str(op))
+        random = any(name.lstrip("_").startswith(r) for r in RANDOM)
+        for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
+            if isinstance(t, Tensor):
+                origin = "const" if random else "node"
+                if (known := self.ids.get(t)) is not None:  # an operator that returned its own argument
+                    outs.append(int(known))
+                    continue
+                v = Value(tuple(t.shape), t.dtype, origin, node=index, out=i, data=data, weights=weights)
+                outs.append(self.add(t, v))
+                if random:
+                    self.tape.values[outs[-1]].tensor = t.detach().clone()
+            else:
+                outs.append(-1)
+        for v in set(refs):
+            self.tape.consumers[v].append(index)
+        self.tape.nodes.append(Node(op, rargs, rkwargs, tuple(outs), self.where(), tuple(dict.fromkeys(refs))))
+        if op in SYNC:
+            self.tape.nodes[-1].kwargs = {**rkwargs, "saw": out} if op is aten._local_scalar_dense.default else rkwargs
+        return out
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.detach.default or func is aten.lift_fresh.default or func is aten.alias.default:
+            kwargs = {}
+        if func._schema.is_mutable:
+            return self._mutate(func, args, kwargs)
+        canon = CANON.get(func)
+        if canon is not None:
+            return canon(self, *args, **kwargs)
+        return self.call(func, *args, **kwargs)
+
+    def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An in-place operator: record the functional one, write the result, renumber the tensor and its live aliases."""
+        written = [
+            (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+        i, name = written[0]
+        t = args[i] if i < len(args) else kwargs[name]
+        base = func._schema.name.split("::")[1]
+        packet = getattr(aten, base.removesuffix("_"), None) if name != "out" else None
+        if packet is None or len(written) != 1 or not isinstance(t, Tensor):
+            if name == "out" and isinstance(t, Tensor) and len(written) == 1:
+                packet = getattr(aten, base)
+                kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+            else:
+                raise NotRecordable(f"{func} writes in place in a way that has no functional form")
+        overload = _out_free(packet, func) if name == "out" else getattr(packet, func._overloadname, None) or packet.default
+        if torch.Tag.inplace_view in func.tags:  # only the strides change, no value does
+            vid = self.vid(self.call(overload, *args, **kwargs))
+            func(*args, **kwargs)
+            self.ids[t] = vid
+            return t
+        canon = CANON.get(overload)
+        new = canon(self, *args, **kwargs) if canon else self.call(overload, *args, **kwargs)
+        if new.shape != t.shape:
+            new = self.call(aten.expand.default, new, list(t.shape))
+        if isinstance(t, twin.Lifted):  # the twin's stand-in changes, the person's tensor does not
+            t.inner = new.clone()
+            self.ids[t] = self.vid(new)
+            return t
+        aliases = [a for w in self.storages.get(t.untyped_storage()._cdata, []) if (a := w()) is not None]
+        aliases = [a for a in aliases if a is not t and a in self.ids]
+        at = _positions(t) if aliases else torch.zeros(0)
+        for alias in aliases:
+            mine = _positions(alias)
+            hit = torch.isin(mine, at)
+            if bool(hit.any()):
+                where = torch.nonzero(hit).flatten()
+                order = torch.argsort(at)
+                take = order[torch.searchsorted(at[order], mine[where])]
+                old, vnew = self.vid(alias), self.vid(new)
+                out = overlay(alias, new, where, take)
+                self.ids[alias] = self._note(overlay, (Ref(old), Ref(vnew), where, take), out, (old, vnew))
+        vnew = self.vid(new)
+        t.copy_(new)
+        self.ids[t] = vnew
+        return t
+
+    def _note(self, op: Any, args: tuple[Any, ...], out: Tensor, refs: tuple[int, ...]) -> int:
+        index = len(self.tape.nodes)
+        data = any(self.tape.values[v].data for v in refs)
+        weights = any(self.tape.values[v].weights for v in refs)
+        vid = self.add(out, Value(tuple(out.shape), out.dtype, "node", node=index, data=data, weights=weights))
+        for v in set(refs):
+            self.tape.consumers[v].append(index)
+        self.tape.nodes.append(Node(op, args, {}, (vid,), self.where(), refs))
+        return vid
+
+
+class NotRecordable(Exception):
+    """The program does something that a tape cannot hold."""
+
+
+def _out_free(packet: Any, func: Any) -> Any:
+    names = [a.name for a in func._schema.arguments if a.name != "out"]
+    for o in packet.overloads():
+        cand = getattr(packet, o)
+        if [a.name for a in cand._schema.arguments] == names:
+            return cand
+    raise NotRecordable(f"{func} has no form without out=")
+
+
+def _positions(t: Tensor) -> Tensor:
+    """The places in its storage that each element of t occupies."""
+    base = torch.zeros((), dtype=torch.int64)
+    for n, s in zip(t.shape, t.stride(), strict=True):
+        base = base.unsqueeze(-1) + torch.arange(n) * s
+    return base.reshape(-1) + t.storage_offset()
+
+
+def _pop(stack: list[str]) -> None:
+    stack.pop()
+
+
+@contextmanager
+def _paths(module: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the dotted path of the module that is running on top of `stack`. The module is a twin: its hooks are ours."""
+    handles = []
+    for name, m in module.named_modules():
+        handles.append(m.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
+        handles.append(m.register_forward_hook(lambda _m, _a, _o: _pop(stack), always_call=True))
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def record(fn: Callable[[nn.Module, Any], Any], module: nn.Module, x: Any, *, keep: int = 1 << 31) -> Tape:
+    """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
+
+    `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it.
+    """
+    rec = Recorder(keep)
+    tape = rec.tape
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    state = module.state_dict(keep_vars=True)
+    x = tree_map(twin.lift, x)
+    with twin.math_only():
+        for name, t in own.items():
+            if t is None or name not in state:
+                continue
+            vid = rec.ids.get(t)
+            if vid is None:
+                v = Value(tuple(t.shape), twin.lift(t.dtype), "param", name=name, weights=True)
+                vid = rec.add(t, v)
+            tape.params[name] = int(vid)
+        for t in tree_iter(x):
+            if isinstance(t, Tensor) and t not in rec.ids:
+                vid = rec.add(t, Value(tuple(t.shape), t.dtype, "input", data=True, fingerprint=fingerprint(t)))
+                tape.values[vid].tensor = t.detach().clone()
+        with twin.LiftConstants(), _Touch(rec), _paths(module, rec.stack), rec:
+            out = fn(module, x)
+            tape.result = tree_map(lambda t: Ref(rec.vid(t)) if isinstance(t, Tensor) else t, out)
+    return tape
