@@ -1,0 +1,97 @@
+"""A checkpoint in several files: an index names the file of each tensor. Every promise of the index is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from surgery.errors import CheckpointError
+from surgery.reader import Reader, Span, unreadable
+from surgery.safetensors_format import DuplicateKey, unique_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHOWN = 5
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    return path.name.endswith(".index.json") and head.lstrip()[:1] == b"{"
+
+
+def open(path: Path) -> Reader:
+    from surgery.formats import open_file
+
+    return ShardedReader(path, open_file)
+
+
+class ShardedReader(Reader):
+    def __init__(self, path: Path, open_shard: Callable[[Path], Reader]) -> None:
+        self.source = str(path)
+        weight_map = _weight_map(path)
+        shards = {file: path.parent / file for file in sorted(set(weight_map.values()))}
+        missing = [file for file, where in shards.items() if not where.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(shards)} files of the checkpoint are missing: {_listed(missing)}",
+                hint=f"Download them into {path.parent}.",
+            )
+        readers = {file: open_shard(where) for file, where in shards.items()}
+        absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in readers[file].infos]
+        if absent:
+            raise CheckpointError(
+                f"{path}: {len(absent)} tensors are not in the file that the index names: {_listed(absent)}",
+                hint="Index and files are of different versions. Download them again, together.",
+            )
+        self._readers = {name: readers[file] for name, file in weight_map.items()}
+        self.infos = {name: reader.infos[name] for name, reader in self._readers.items()}
+        self.files = (path, *shards.values())
+        self.metadata = {key: value for reader in readers.values() for key, value in reader.metadata.items()}
+        extra = [f"{name} ({file})" for file, reader in readers.items() for name in reader.infos
+                 if weight_map.get(name) != file]  # fmt: skip
+        notes = [f"{file}: {note}" for file, reader in readers.items() for note in reader.notes]
+        if extra:
+            notes.append(f"In a file but not in the index, and left out: {_listed(extra)}.")
+        self.notes = tuple(notes)
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        return self._readers[name].read(name, slices)
+
+    def span(self, name: str) -> Span | None:
+        return self._readers[name].span(name)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    hint = "Download the index again."
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except DuplicateKey as error:
+        raise CheckpointError(f"{path}: the index names {error.args[0]!r} twice", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the index is not JSON: {error}", hint=hint) from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: the index has no weight_map", hint=hint)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise CheckpointError(f"{path}: the index gives {file!r} as the file of {name!r}", hint=hint)
+        # An index is data from elsewhere: it may name files beside itself, and no others. Links are not followed to
+        # decide this, since caches keep every file as a link out of the folder.
+        parts = PurePosixPath(file).parts
+        if file.startswith("/") or ".." in parts or "\\" in file or ":" in file or "\0" in file:
+            raise CheckpointError(
+                f"{path}: the index names a file outside its folder: {file!r}; it was not opened",
+                hint="Do not trust this checkpoint; get it from where it was published.",
+            )
+        if file.endswith(".index.json"):
+            raise CheckpointError(f"{path}: the index names another index: {file!r}", hint=hint)
+    return weight_map
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,148 @@
+"""What torch.save writes: a zip whose tensors are mapped, and the older pickle stream. Only tensors are ever built.
+
+Such a file is a pickle, and a pickle can hold code. It is loaded with weights_only=True and in no other way; where
+that refuses, the names that it refused are given, read from the pickle without running it.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from surgery.errors import CheckpointError
+from surgery.memory import MemoryReader
+from surgery.reader import LocalFile, Reader
+
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save's stream begins with, pickled
+_HARMLESS = frozenset({"collections.OrderedDict", "collections.Counter", "_codecs.encode"})
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A zip with a data.pkl in it, or a binary pickle."""
+    if head[:4] == b"PK\x03\x04":
+        return any(_is_pickle_record(name) for name in zip_names(path))
+    return head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
+
+
+def zip_names(path: Path) -> list[str]:
+    """The names in a zip; none where it is not a whole zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []
+
+
+def open(path: Path) -> Reader:
+    file = LocalFile(path)
+    head = file.bytes(0, min(file.size, 64))
+    if head[:4] == b"PK\x03\x04":
+        names = zip_names(path)
+        if not names:
+            raise CheckpointError(
+                f"{path}: truncated: a zip archive without its list of contents, which lies at the end",
+                hint="The file is incomplete or damaged. Download or copy it again.",
+            )
+        if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
+            raise CheckpointError(
+                f"{path}: a TorchScript archive: a program, not only weights",
+                hint=f"If you trust it, save its weights: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'new.pt')",
+            )
+        if not any(_is_pickle_record(name) for name in names):
+            raise CheckpointError(
+                f"{path}: a zip archive without a data.pkl, so not written by torch.save",
+                hint="If it is an archive of checkpoints, unpack it: python -m zipfile -e FILE FOLDER.",
+            )
+        return _load(path, mapped=True)
+    if head[:1] != b"\x80" or _MAGIC not in head[:32]:
+        refused = _names_in(path)
+        if refused:
+            raise _refusal(path, refused)
+        raise CheckpointError(
+            f"{path}: not written by torch.save, though its name says so",
+            hint=f"Look at what it is: file {path}",
+        )
+    return _load(path, mapped=False)
+
+
+def _load(path: Path, *, mapped: bool) -> Reader:
+    import torch
+
+    try:
+        content = torch.load(str(path), map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # torch lets anything through: RuntimeError, KeyError, UnpicklingError, struct.error ...
+        refused = _names_in(path)
+        if refused and not isinstance(error, (MemoryError, OSError)):
+            raise _refusal(path, refused) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: torch cannot load it: {reason}", hint="The file may be incomplete. Download or copy it again."
+        ) from error
+    return MemoryReader(content, source=str(path), files=(path,), holder=f'torch.load("{path}", weights_only=True)')
+
+
+def _is_pickle_record(name: str) -> bool:
+    return name == "data.pkl" or name.endswith("/data.pkl")
+
+
+def _refusal(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: holds more than tensors: unpickling it would call {', '.join(names)}. Nothing of it was run",
+        hint="Look for the same weights as safetensors. If you trust the file, convert it where it can do no harm: "
+        f'torch.save(torch.load("{path}", weights_only=False)["state_dict"], "weights.pt")',
+    )
+
+
+def _names_in(path: Path) -> list[str]:
+    """The importable names that unpickling would look up and torch does not allow; read, not run."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                record = next((name for name in archive.namelist() if _is_pickle_record(name)), None)
+                if record is None:
+                    return []
+                with archive.open(record) as stream:
+                    found = _scan(stream)
+        else:
+            with path.open("rb") as stream:
+                found = _scan(stream)
+    except (OSError, zipfile.BadZipFile):
+        return []
+    return sorted(found - _allowed())
+
+
+def _allowed() -> set[str]:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    return set(_get_allowed_globals()) | _HARMLESS
+
+
+def _scan(stream: IO[bytes]) -> set[str]:
+    """Names in one pickle after another, until the bytes are no pickle any more (raw storages follow in old files)."""
+    found: set[str] = set()
+    while True:
+        memo: dict[int, str] = {}
+        strings: list[str] = []
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                name = opcode.name
+                if name in ("GLOBAL", "INST"):
+                    found.add(str(argument).replace(" ", ".", 1))
+                elif name == "STACK_GLOBAL" and len(strings) >= 2:
+                    found.add(".".join(strings[-2:]))
+                elif "UNICODE" in name or name in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
+                    strings.append(str(argument))
+                elif name == "MEMOIZE" and strings:
+                    memo[len(memo)] = strings[-1]
+                elif name in ("PUT", "BINPUT", "LONG_BINPUT") and strings:
+                    memo[int(argument)] = strings[-1]  # type: ignore[arg-type]
+                elif name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
+                    strings.append(memo[int(argument)])
+        except (ValueError, EOFError, UnicodeDecodeError, IndexError):
+            return {name for name in found if _is_dotted(name)}
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
