@@ -33,8 +33,8 @@ def ops_page() -> Iterator[str]:
     yield NOTE
     yield (
         "What a row of a [plan](plan.md) may call. Arguments without a name are tensors: names of source tensors, or\n"
-        "other calls. A parameter that is shown with a value has it as its default. The kind of a row is the worst kind\n"
-        "among its ops.\n"
+        "other calls. A parameter that is shown with a value has it as its default. The kind of a row is the worst\n"
+        "kind among its ops.\n"
     )
     for kind in ops.KINDS:
         chosen = [op for op in ops.registered() if op.kind == kind]
