@@ -1,0 +1,180 @@
+"""Arithmetic that leaves the function as it is: folded scales, summed biases, powers and logarithms.
+
+Types narrower than 32 bits are computed in float32 and rounded once, at the end; float64 stays float64 throughout, so
+that the proof can evaluate an expression unrounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from surgery.errors import PlanError
+from surgery.ops.registry import Kind, Op, Param, Shape, register, show
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def compute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Runs the function with narrow floats widened to float32, and rounds the result back to what they share."""
+    import torch
+
+    narrow = [tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors]
+    result = function(*(t.to(torch.float32) if thin else t for t, thin in zip(tensors, narrow, strict=True)))
+    if all(narrow) and len({tensor.dtype for tensor in tensors}) == 1:
+        return result.to(tensors[0].dtype)
+    return result
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """The shape that all of them broadcast to."""
+    result: Shape = ()
+    for number, shape in enumerate(shapes, start=1):
+        rank = max(len(result), len(shape))
+        left, right = (1,) * (rank - len(result)) + result, (1,) * (rank - len(shape)) + shape
+        if any(a != b and 1 not in (a, b) for a, b in zip(left, right, strict=True)):
+            raise PlanError(f"argument {number} has shape {show(shape)}, which does not broadcast with {show(result)}")
+        result = tuple(b if a == 1 else a for a, b in zip(left, right, strict=True))
+    return result
+
+
+def _broadcast_shape(shapes: Sequence[Shape]) -> Shape:
+    return broadcast(shapes)
+
+
+def _same_shape(shapes: Sequence[Shape], **_: object) -> Shape:
+    return shapes[0]
+
+
+def _add(tensors: Sequence[Tensor]) -> Tensor:
+    """Sums tensors, broadcasting: two biases that were only ever added, positions and their type.
+
+    Rule: torch.add.
+    """
+
+    def total(first: Tensor, *others: Tensor) -> Tensor:
+        for other in others:
+            first = first + other
+        return first
+
+    return compute(total, *tensors)
+
+
+def _sub(tensors: Sequence[Tensor]) -> Tensor:
+    """The first less the second, broadcasting.
+
+    Rule: torch.sub.
+    """
+    return compute(lambda a, b: a - b, *tensors)
+
+
+def _mul(tensors: Sequence[Tensor]) -> Tensor:
+    """The product, element by element, broadcasting: a layer scale folded into the weight before it.
+
+    Rule: torch.mul.
+    """
+    return compute(lambda a, b: a * b, *tensors)
+
+
+def _div(tensors: Sequence[Tensor]) -> Tensor:
+    """The quotient, element by element, broadcasting.
+
+    Rule: torch.div.
+    """
+    return compute(lambda a, b: a / b, *tensors)
+
+
+register(Op("add", "preserving", (2, None), (), _broadcast_shape, _add))
+register(Op("sub", "preserving", (2, 2), (), _broadcast_shape, _sub))
+register(Op("mul", "preserving", (2, 2), (), _broadcast_shape, _mul))
+register(Op("div", "preserving", (2, 2), (), _broadcast_shape, _div))
+
+
+def _scale(tensors: Sequence[Tensor], *, by: float) -> Tensor:
+    """Multiplies by a number: the 1/sqrt(d) of attention folded into a projection.
+
+    Rule: torch.mul with a scalar.
+    """
+    return compute(lambda a: a * by, *tensors)
+
+
+def _shift(tensors: Sequence[Tensor], *, by: float) -> Tensor:
+    """Adds a number: a norm that computes (1 + weight) and one that computes weight.
+
+    Rule: torch.add with a scalar; Gemma's RMSNorm stores weight - 1.
+    """
+    return compute(lambda a: a + by, *tensors)
+
+
+register(Op("scale", "preserving", (1, 1), (Param("by", float),), _same_shape, _scale))
+register(Op("shift", "preserving", (1, 1), (Param("by", float),), _same_shape, _shift))
+
+
+def _neg(tensors: Sequence[Tensor]) -> Tensor:
+    """Changes the sign.
+
+    Rule: torch.neg.
+    """
+    return tensors[0].neg()
+
+
+def _exp(tensors: Sequence[Tensor]) -> Tensor:
+    """The exponential: a scale that is stored as its logarithm (CLIP's logit_scale).
+
+    Rule: torch.exp.
+    """
+    return compute(lambda a: a.exp(), *tensors)
+
+
+def _log(tensors: Sequence[Tensor]) -> Tensor:
+    """The natural logarithm: the inverse of exp.
+
+    Rule: torch.log.
+    """
+    return compute(lambda a: a.log(), *tensors)
+
+
+def _sqrt(tensors: Sequence[Tensor]) -> Tensor:
+    """The square root.
+
+    Rule: torch.sqrt.
+    """
+    return compute(lambda a: a.sqrt(), *tensors)
+
+
+def _rsqrt(tensors: Sequence[Tensor]) -> Tensor:
+    """One over the square root: a variance that is stored as its inverse deviation.
+
+    Rule: torch.rsqrt.
+    """
+    return compute(lambda a: a.rsqrt(), *tensors)
+
+
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    """The square.
+
+    Rule: torch.square.
+    """
+    return compute(lambda a: a * a, *tensors)
+
+
+def _reciprocal(tensors: Sequence[Tensor]) -> Tensor:
+    """One over the value: a scale that one side multiplies by and the other divides by.
+
+    Rule: torch.reciprocal.
+    """
+    return compute(lambda a: a.reciprocal(), *tensors)
+
+
+_UNARY: tuple[tuple[str, Kind, Callable[[Sequence[Tensor]], Tensor]], ...] = (
+    ("neg", "exact", _neg),
+    ("exp", "preserving", _exp),
+    ("log", "preserving", _log),
+    ("sqrt", "preserving", _sqrt),
+    ("rsqrt", "preserving", _rsqrt),
+    ("square", "preserving", _square),
+    ("reciprocal", "preserving", _reciprocal),
+)
+for _name, _kind, _apply in _UNARY:
+    register(Op(_name, _kind, (1, 1), (), _same_shape, _apply))

@@ -1,0 +1,95 @@
+"""Values that a rule gives and no source tensor holds, and the change of a tensor's type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from surgery.dtypes import SAFETENSORS, torch_dtype
+from surgery.errors import PlanError
+from surgery.ops.registry import Op, Param, Shape, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHAPE = Param("shape", tuple)
+
+# What each type holds without loss.
+_HOLDS: dict[str, frozenset[str]] = {
+    "F64": frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I32", "I16", "I8", "U8", "BOOL"}),
+    "F32": frozenset({"F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I16", "I8", "U8", "BOOL"}),
+    "F16": frozenset({"F16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"}),
+    "BF16": frozenset({"BF16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"}),
+    "I64": frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"}),
+    "I32": frozenset({"I32", "I16", "I8", "U8", "BOOL"}),
+    "I16": frozenset({"I16", "I8", "U8", "BOOL"}),
+}
+
+
+def cast_is_exact(source: str | None, dtype: str) -> bool:
+    """Whether every value of the source's type has its equal in `dtype`. An unknown source is taken for one that
+    has not, except that float64 holds every float."""
+    if source is None:
+        return dtype == "F64"
+    return source == dtype or source in _HOLDS.get(dtype, frozenset())
+
+
+def _constant_shape(_: Sequence[Shape], *, shape: tuple[int, ...], value: float = 0.0) -> Shape:
+    del value
+    if any(length < 0 for length in shape):
+        raise PlanError(f"shape={shape} cannot be: lengths are 0 or more")
+    return shape
+
+
+def _zeros(_: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
+    """Zeros: a bias that the target has and the source leaves out. In float64, as all constants: whoever stores it
+    rounds once.
+
+    Rule: torch.zeros.
+    """
+    import torch
+
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _ones(_: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
+    """Ones: the gain of a norm that has none.
+
+    Rule: torch.ones.
+    """
+    import torch
+
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def _full(_: Sequence[Tensor], *, shape: tuple[int, ...], value: float) -> Tensor:
+    """One number everywhere; inf and -inf are numbers too.
+
+    Rule: torch.full.
+    """
+    import torch
+
+    return torch.full(shape, value, dtype=torch.float64)
+
+
+register(Op("zeros", "exact", (0, 0), (_SHAPE,), _constant_shape, _zeros))
+register(Op("ones", "exact", (0, 0), (_SHAPE,), _constant_shape, _ones))
+register(Op("full", "exact", (0, 0), (_SHAPE, Param("value", float)), _constant_shape, _full))
+
+
+def _cast_shape(shapes: Sequence[Shape], *, dtype: str) -> Shape:
+    if dtype not in SAFETENSORS:
+        raise PlanError(f'dtype "{dtype}" is none of {", ".join(sorted(SAFETENSORS))}')
+    return shapes[0]
+
+
+def _cast(tensors: Sequence[Tensor], *, dtype: str) -> Tensor:
+    """Changes the type, rounding to nearest even. Exact where the new type holds every value of the old one, else
+    lossy.
+
+    Rule: torch.Tensor.to; IEEE 754 rounding.
+    """
+    return tensors[0].to(torch_dtype(dtype))
+
+
+register(Op("cast", "lossy", (1, 1), (Param("dtype", str),), _cast_shape, _cast))

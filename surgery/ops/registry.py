@@ -1,0 +1,179 @@
+"""What an op is, and the table of them.
+
+An op is one tensor operation with a published rule: which shapes it takes and gives (`infer`, without reading a byte),
+what it computes (`apply`), and how much of the source survives it (`kind`):
+
+    exact         a relayout: every bit survives, and another exact op gives it back
+    preserving    the function is the same in real arithmetic; float64 holds it to 1e-12
+    approximate   the function changes a little, by a published rule
+    lossy         something of the source is gone
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from surgery.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
+Value: TypeAlias = int | float | str | tuple[int, ...]
+Kind: TypeAlias = Literal["exact", "preserving", "approximate", "lossy"]
+
+KINDS: tuple[Kind, ...] = ("exact", "preserving", "approximate", "lossy")  # best first
+
+_EXAMPLES: dict[type, str] = {int: "a whole number", float: "a number", str: "a quoted text", tuple: "a list as (2, 3)"}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A keyword parameter of an op. Without a default it must be given; a quiet one is printed only when it differs
+    from its default."""
+
+    name: str
+    type: type[int] | type[float] | type[str] | type[tuple[int, ...]]
+    default: Value | None = None
+    quiet: bool = False
+
+    def coerce(self, value: object, op: str) -> Value:
+        """The value in its one canonical type, or a PlanError that says what is expected."""
+        if isinstance(value, list):
+            value = tuple(value)
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        right = isinstance(value, self.type) and not isinstance(value, bool)
+        if right and isinstance(value, tuple):
+            right = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        if right and isinstance(value, float):
+            right = value == value  # a NaN equals nothing, so no plan that held one could equal itself
+        if not right:
+            raise PlanError(f"{op}: parameter {self.name} takes {_EXAMPLES[self.type]}, not {value!r}")
+        return value  # type: ignore[return-value]  # narrowed by self.type, which mypy cannot follow
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered operation. `infer(shapes, **params)` and `apply(tensors, **params)` take the positional arguments
+    as one sequence; the docstring of `apply` states the rule and where it was published."""
+
+    name: str
+    kind: Kind
+    arity: tuple[int, int | None]  # fewest and most tensors; None: any number
+    params: tuple[Param, ...]
+    infer: Callable[..., Shape]
+    apply: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise PlanError(f"{self.name!r} cannot name an op: names are words such as cat or rope_permute")
+        if self.kind not in KINDS:
+            raise PlanError(f"op {self.name}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+
+    @property
+    def rule(self) -> str:
+        """What the op does and where that is published."""
+        return inspect.getdoc(self.apply) or ""
+
+    @property
+    def signature(self) -> str:
+        """How the op is written in a plan, for messages and the reference: `cat(a, ..., axis=0)`."""
+        fewest, most = self.arity
+        shown = ["a", "b", "c", "d"][:fewest] if fewest <= 4 else ["a", "..."]
+        if most != fewest:
+            shown.append("...")
+        for param in self.params:
+            shown.append(param.name if param.default is None else f"{param.name}={spell(param.default)}")
+        return f"{self.name}({', '.join(shown)})"
+
+    def bind(self, tensors: int, given: Sequence[tuple[str, object]]) -> tuple[tuple[str, Value], ...]:
+        """The parameters in declared order with defaults filled in: one spelling for one meaning."""
+        fewest, most = self.arity
+        if tensors < fewest or (most is not None and tensors > most):
+            wanted = f"{fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+            raise PlanError(
+                f"{self.name} takes {wanted} tensor{'s' * (wanted != '1')}, not {tensors}: {self.signature}"
+            )
+        values: dict[str, object] = {}
+        known = {param.name for param in self.params}
+        for name, value in given:
+            if name not in known:
+                raise PlanError(f"{self.name} has no parameter {name}: {self.signature}{did_you_mean(name, known)}")
+            if name in values:
+                raise PlanError(f"{self.name}: parameter {name} is given twice")
+            values[name] = value
+        bound: list[tuple[str, Value]] = []
+        for param in self.params:
+            if param.name in values:
+                bound.append((param.name, param.coerce(values[param.name], self.name)))
+            elif param.default is not None:
+                bound.append((param.name, param.default))
+            else:
+                raise PlanError(f"{self.name} needs its parameter {param.name}: {self.signature}")
+        return tuple(bound)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Adds an op to the table. Registering the same object again is harmless; another of the same name is an error,
+    for a plan must mean one thing."""
+    known = _OPS.get(op.name)
+    if known is not None and known != op:
+        raise PlanError(
+            f"op {op.name} is registered twice: by {known.apply.__module__} and by {op.apply.__module__}",
+            hint="rename one of them, or switch one plugin off",
+        )
+    _OPS[op.name] = op
+    return op
+
+
+def get(name: str) -> Op:
+    """The op of that name, or a PlanError with close matches."""
+    op = _OPS.get(name)
+    if op is None:
+        raise PlanError(
+            f"unknown op {name}{did_you_mean(name, _OPS)}",
+            hint=f"the ops are {', '.join(sorted(_OPS))}; one that a plugin brings is known once the plugin is loaded",
+        )
+    return op
+
+
+def registered() -> tuple[Op, ...]:
+    """All ops, by name."""
+    return tuple(_OPS[name] for name in sorted(_OPS))
+
+
+def did_you_mean(name: str, known: Sequence[str] | set[str] | dict[str, Op]) -> str:
+    """ "; did you mean x, y?" with the closest names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def spell(value: Value) -> str:
+    """A parameter value as it is written in a plan."""
+    if isinstance(value, tuple):
+        return f"({value[0]},)" if len(value) == 1 else f"({', '.join(map(str, value))})"
+    if isinstance(value, str):
+        import json
+
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+def show(shape: Shape) -> str:
+    """A shape for a message: 768x3072, or "scalar"."""
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def axis_of(shape: Shape, axis: int) -> int:
+    """The axis counted from the front; negative ones count from the end, as in torch."""
+    if not -len(shape) <= axis < len(shape):
+        raise PlanError(f"axis {axis} does not exist in a tensor of shape {show(shape)}")
+    return axis % len(shape)
