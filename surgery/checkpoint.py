@@ -151,7 +151,8 @@ def raw_bytes(tensor: Tensor, what: str) -> memoryview:
     if tensor.is_meta:
         raise CheckpointError(f"{what} is on the meta device, so it has no bytes", hint="Load its values first.")
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    # Of one element or none, any stride counts as contiguous, and only a stride of 1 can be viewed as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 class _View(Reader):

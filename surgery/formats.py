@@ -77,11 +77,9 @@ def formats() -> tuple[Format, ...]:
 
 def open_path(path: Path) -> Reader:
     """The reader of a checkpoint file, or of the one checkpoint in a folder."""
-    try:
-        is_folder = path.is_dir()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise CheckpointError(f"{str(path)!r}: not a path: {error}", hint="Check the path.") from error
-    if not is_folder:
+    if "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r}: not a path: it has a null byte in it", hint="Check the path.")
+    if not path.is_dir():
         return open_file(path)
     chosen, passed = _in_folder(path)
     reader = open_file(chosen)
@@ -232,7 +230,7 @@ def _as_text(head: bytes) -> str | None:
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # anything but a character cut in half at the end
+        if len(head) < HEAD or error.start < HEAD - 3:  # anything but a character cut in half at the end of the head
             return None
         text = head[: error.start].decode("utf-8")
     return text if all(letter.isprintable() or letter in "\t\r\n\f\ufeff" for letter in text) else None

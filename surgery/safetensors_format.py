@@ -87,7 +87,7 @@ def _read_header(file: LocalFile) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(f"{path}: the header names {error.args[0]!r} twice", hint=_AGAIN) from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"{path}: the header is not JSON: {error}", hint=_AGAIN) from None
-    if not isinstance(header, dict) or raw[:1] != b"{":
+    if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object", hint=_AGAIN)
     return 8 + length, header
 

@@ -48,7 +48,8 @@ def open(path: Path) -> Reader:
         if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
             raise CheckpointError(
                 f"{path}: a TorchScript archive: a program, not only weights",
-                hint=f"If you trust it, save its weights: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'new.pt')",
+                hint="If you trust it, save its weights alone: "
+                f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")',
             )
         if not any(_is_pickle_record(name) for name in names):
             raise CheckpointError(
@@ -120,28 +121,35 @@ def _allowed() -> set[str]:
 
 
 def _scan(stream: IO[bytes]) -> set[str]:
-    """Names in one pickle after another, until the bytes are no pickle any more (raw storages follow in old files)."""
+    """The importable names in the pickles of a file; torch's older files are five pickles, then raw storages."""
     found: set[str] = set()
-    while True:
+    for _ in range(5):
         memo: dict[int, str] = {}
+        memoized = 0
         strings: list[str] = []
+        top: str | None = None  # the text that was pushed last, while nothing lies upon it
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 name = opcode.name
+                if "PUT" in name or name == "MEMOIZE":
+                    if top is not None:
+                        memo[memoized if argument is None else int(str(argument))] = top
+                    memoized += 1
+                    continue
+                top = None
                 if name in ("GLOBAL", "INST"):
                     found.add(str(argument).replace(" ", ".", 1))
                 elif name == "STACK_GLOBAL" and len(strings) >= 2:
                     found.add(".".join(strings[-2:]))
-                elif "UNICODE" in name or name in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
-                    strings.append(str(argument))
-                elif name == "MEMOIZE" and strings:
-                    memo[len(memo)] = strings[-1]
-                elif name in ("PUT", "BINPUT", "LONG_BINPUT") and strings:
-                    memo[int(argument)] = strings[-1]  # type: ignore[arg-type]
-                elif name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
-                    strings.append(memo[int(argument)])
-        except (ValueError, EOFError, UnicodeDecodeError, IndexError):
-            return {name for name in found if _is_dotted(name)}
+                elif "UNICODE" in name or "STRING" in name:
+                    top = str(argument)
+                elif "GET" in name and argument in memo:
+                    top = memo[argument]
+                if top is not None:
+                    strings.append(top)
+        except (ValueError, EOFError, IndexError):  # UnicodeDecodeError is a ValueError: the pickle is cut or damaged
+            break
+    return {name for name in found if _is_dotted(name)}
 
 
 def _is_dotted(name: str) -> bool:
