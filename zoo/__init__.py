@@ -1,0 +1,81 @@
+"""A zoo of pretrained models: names, their weights, and plugins that bring more. The surgery is in `surgery`.
+
+>>> import zoo
+>>> [entry.name for entry in zoo.entries()]             # doctest: +SKIP
+['bert', 'distilbert', 'minilm', 'roberta']
+>>> zoo.open("minilm-encoder")                          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery import Format as Format
+    from zoo.api import entries as entries
+    from zoo.api import find as find
+    from zoo.api import open as open
+    from zoo.api import pull as pull
+    from zoo.entry import Entry as Entry
+    from zoo.entry import Part as Part
+    from zoo.entry import PartProbe as PartProbe
+    from zoo.entry import Recognition as Recognition
+    from zoo.entry import Source as Source
+    from zoo.errors import ZooError as ZooError
+    from zoo.hooks import HOOK_API as HOOK_API
+    from zoo.hooks import hookimpl as hookimpl
+    from zoo.host import Host as Host
+
+# Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
+_HOMES = {
+    "Entry": "zoo.entry",
+    "Format": "surgery",
+    "HOOK_API": "zoo.hooks",
+    "Host": "zoo.host",
+    "Part": "zoo.entry",
+    "PartProbe": "zoo.entry",
+    "Recognition": "zoo.entry",
+    "Source": "zoo.entry",
+    "ZooError": "zoo.errors",
+    "entries": "zoo.api",
+    "find": "zoo.api",
+    "hookimpl": "zoo.hooks",
+    "open": "zoo.api",
+    "pull": "zoo.api",
+}
+
+__all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want it spelled out
+    "Entry",
+    "Format",
+    "HOOK_API",
+    "Host",
+    "Part",
+    "PartProbe",
+    "Recognition",
+    "Source",
+    "ZooError",
+    "__version__",
+    "entries",
+    "find",
+    "hookimpl",
+    "open",
+    "pull",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("weightzoo")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
