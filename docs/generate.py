@@ -50,32 +50,49 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def command_section(name: str, command: click.Command) -> Iterator[str]:
+def options(command: click.Command, context: click.Context) -> dict[str, str]:
+    records = [option.get_help_record(context) for option in command.params if isinstance(option, click.Option)]
+    return {record[0]: record[1] for record in records if record}
+
+
+def table(rows: dict[str, str]) -> str:
+    return "| option | meaning |\n|---|---|\n" + "".join(f"| `{cell(o)}` | {cell(m)} |\n" for o, m in rows.items())
+
+
+def prose(text: str) -> str:
+    # click's mark for "leave these lines alone" means nothing on a page, and what looks like a tag would vanish.
+    text = inspect.cleandoc(text).replace("\b\n", "").partition("\f")[0].strip()
+    return re.sub(r"([<>])", r"\\\1", text) + "\n"
+
+
+def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command, click.Context]]:
     context = click.Context(command, info_name=name)
-    yield f"## `{name}`\n"
-    yield f"    {' '.join([name, *command.collect_usage_pieces(context)])}\n"
-    if command.help:
-        # click's own mark for "leave these lines alone" means nothing on a page.
-        text = inspect.cleandoc(command.help).replace("\b\n", "").partition("\f")[0].strip()
-        yield re.sub(r"(?<!\\)([<>])", r"\\\1", text) + "\n"
-    records = [
-        record
-        for parameter in command.get_params(context)
-        if "--help" not in parameter.opts and (record := parameter.get_help_record(context))
-    ]
-    if records:
-        yield "| option | meaning |\n|---|---|\n" + "".join(f"| `{cell(o)}` | {cell(m)} |\n" for o, m in records)
+    yield name, command, context
     if isinstance(command, click.Group):
         for sub in command.list_commands(context):
             child = command.get_command(context, sub)
             if child is not None and not child.hidden:
-                yield from command_section(f"{name} {sub}", child)
+                yield from walk(f"{name} {sub}", child)
 
 
 def cli_page() -> Iterator[str]:
+    (_, root, context), *commands = walk("zoo", cli.cli)
+    everywhere = dict(set.intersection(*(set(options(command, context).items()) for _, command, context in commands)))
     yield "# Commands\n"
     yield NOTE
-    yield from command_section("zoo", cli.cli)
+    yield prose(root.help or "")
+    if root.epilog:
+        yield prose(root.epilog)
+    yield "Data goes to stdout, notes and hints to stderr. Every command takes:\n"
+    yield table({flags: everywhere[flags] for flags in sorted(everywhere)})
+    for name, command, context in commands:
+        yield f"## `{name}`\n"
+        yield f"    {' '.join([name, *command.collect_usage_pieces(context)])}\n"
+        if command.help:
+            yield prose(command.help)
+        own = {flags: text for flags, text in options(command, context).items() if flags not in everywhere}
+        if own:
+            yield table(own)
 
 
 PAGES = {"ops.md": ops_page, "cli.md": cli_page}
