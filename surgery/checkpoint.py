@@ -108,8 +108,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if span is None:
             digest.update(raw_bytes(self.read(name), f"{self.source}: {name!r}"))
         else:
-            for offset in range(span.offset, span.offset + span.nbytes, _CHUNK):
-                digest.update(span.file.bytes(offset, min(_CHUNK, span.offset + span.nbytes - offset)))
+            buffer = memoryview(bytearray(min(_CHUNK, span.nbytes)))
+            for done in range(0, span.nbytes, _CHUNK):
+                chunk = buffer[: span.nbytes - done]
+                span.file.read_into(chunk, span.offset + done)
+                digest.update(chunk)
         return digest.hexdigest()
 
     def _check(self, name: str) -> None:

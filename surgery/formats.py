@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def open_path(path: Path) -> Reader:
     """The reader of a checkpoint file, or of the one checkpoint in a folder."""
     if "\0" in str(path):
         raise CheckpointError(f"{str(path)!r}: not a path: it has a null byte in it", hint="Check the path.")
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir would raise for a name that is too long
         return open_file(path)
     chosen, passed = _in_folder(path)
     reader = open_file(chosen)
@@ -90,7 +91,7 @@ def open_path(path: Path) -> Reader:
 
 def open_file(path: Path) -> Reader:
     """The reader of one file, by its first bytes."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise _absent(path)
     file = LocalFile(path)
     head = file.bytes(0, min(file.size, HEAD))

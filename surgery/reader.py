@@ -70,26 +70,34 @@ class LocalFile:
 
     def bytes(self, offset: int, length: int) -> bytes:
         """An own copy of a range. CheckpointError where the file ends before it."""
-        parts, end = [], offset + length
-        while offset < end:
-            part = _pread(self.fd, end - offset, offset)
-            if not part:
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from the file. CheckpointError where the file ends before that."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = _read_at(self.fd, buffer[done:], offset + done)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+            if not count:
                 raise CheckpointError(
-                    f"{self.path}: ends {end - offset:,} bytes too early; it changed while it was read",
+                    f"{self.path}: ends {len(buffer) - done:,} bytes too early; it changed while it was read",
                     hint="Download or copy it again.",
                 )
-            parts.append(part)
-            offset += len(part)
-        return b"".join(parts)
+            done += count
 
 
-if hasattr(os, "pread"):
-    _pread = os.pread
-else:  # Windows: no positioned read, and no thread of ours shares the descriptor
-
-    def _pread(fd: int, length: int, offset: int, /) -> bytes:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, length)
+def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    # No positioned read into a buffer (Windows, old macOS), and no thread of ours shares the descriptor.
+    os.lseek(fd, offset, os.SEEK_SET)
+    part = os.read(fd, min(len(buffer), 1 << 24))
+    buffer[: len(part)] = part
+    return len(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,18 @@ class Span:
         else:
             flat = torch.frombuffer(self.file.map, dtype=dtype, count=count, offset=offset)
         return flat.view(shape)[cuts]
+
+    def load(self, info: TensorInfo) -> Tensor:
+        """The tensor in memory of its own, read past the map: what is let go is gone from the process at once, so that
+        a pass over a whole file takes no more memory than its largest tensor."""
+        import torch
+
+        dtype, shape = dtypes.torch_dtype(info.dtype), dtypes.torch_shape(info.dtype, info.shape)
+        if not self.nbytes:
+            return torch.empty(shape, dtype=dtype)
+        buffer = bytearray(self.nbytes)
+        self.file.read_into(memoryview(buffer), self.offset)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
 class Reader(ABC):

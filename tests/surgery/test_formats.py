@@ -250,6 +250,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         (tmp_path / "pipe.pt", "not a regular file", ""),
         ("https://example.org/m.safetensors", "not a local file", "Download"),
         ("a\0b", "a null byte", ""),
+        ("x" * 300, "no such file", "Check the path"),
     ]:
         with pytest.raises(CheckpointError) as caught:
             checkpoint.open(path)
