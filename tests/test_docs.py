@@ -4,7 +4,7 @@ In README.md and docs/, block by block and in order, in an empty folder per docu
 
 - examples/ is there, as in the checkout;
 - ```python runs; the names it binds stay for the blocks after it;
-- ```python title="FILE" is written to FILE;
+- ```python title="FILE", or another language, is written to FILE;
 - ```console holds commands after `$ `; those of `zoo` run and must exit with 0 (or with N, after a line `# exit N`).
   Output that is shown must be what came out, `...` standing for anything.
 
@@ -42,7 +42,7 @@ def write_file(example: Example) -> None:
 
 
 def titled_files(document: Document) -> Iterable[Region]:
-    for region in RawFencedCodeBlockLexer(re.compile(r'python title="(?P<title>[^"]+)"$\n', re.MULTILINE))(document):
+    for region in RawFencedCodeBlockLexer(re.compile(r'[a-z]+ title="(?P<title>[^"]+)"$\n', re.MULTILINE))(document):
         region.parsed = region.lexemes["source"]
         region.evaluator = write_file
         yield region
