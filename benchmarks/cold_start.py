@@ -32,8 +32,11 @@ def checkpoint(path: Path, layers: int = 12) -> None:
 def seconds(command: list[str]) -> float:
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environ)
-    return time.perf_counter() - start
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environ)
+    taken = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return taken
 
 
 def main() -> None:

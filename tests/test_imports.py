@@ -19,6 +19,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "saf
 SURGERY = {
     "Checkpoint",
     "CheckpointError",
+    "Format",
     "GraftError",
     "Plan",
     "PlanError",
