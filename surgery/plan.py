@@ -308,5 +308,5 @@ def _few(items: list[str]) -> str:
 
 def _near(name: str, known: Iterable[str]) -> str:
     """ "; did you mean x?" with the closest names that are there, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.8)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -96,9 +96,8 @@ class Op:
         fewest, most = self.arity
         if tensors < fewest or (most is not None and tensors > most):
             wanted = f"{fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
-            raise PlanError(
-                f"{self.name} takes {wanted} tensor{'s' * (wanted != '1')}, not {tensors}: {self.signature}"
-            )
+            plural = "" if fewest == 1 and most in (1, None) else "s"
+            raise PlanError(f"{self.name} takes {wanted} tensor{plural}, not {tensors}: {self.signature}")
         values: dict[str, object] = {}
         known = {param.name for param in self.params}
         for name, value in given:
