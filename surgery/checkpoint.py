@@ -6,7 +6,6 @@ memory, is the business of a `Reader`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -117,6 +116,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _check(self, name: str) -> None:
         if name not in self._reader.infos:
+            import difflib
+
             near = difflib.get_close_matches(str(name), list(self), n=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"It has {len(self)} tensors: {_first(self)}"
             raise CheckpointError(f"{self.source}: no tensor named {name!r}", hint=hint)

@@ -6,7 +6,6 @@ are opened through import strings, so that one that needs torch or numpy costs n
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery import numpy_format, safetensors_format, shards, torch_format
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.reader import LocalFile, Reader, unreadable
 
@@ -38,11 +36,39 @@ class Format:
     open: str | Callable[[Path], Reader | Mapping[str, Any]]
 
 
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """A header length within the format's limit, then the brace that opens the header."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
+
+
+def _is_index(path: Path, head: bytes) -> bool:
+    return path.name.endswith(".index.json") and head.lstrip()[:1] == b"{"
+
+
+def _is_torch(path: Path, head: bytes) -> bool:
+    """A zip with a data.pkl in it, or a binary pickle."""
+    if head[:4] == _ZIP:
+        from surgery.archive import is_pickle_record, zip_names
+
+        return any(is_pickle_record(name) for name in zip_names(path))
+    return head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
+
+
+def _is_npz(path: Path, head: bytes) -> bool:
+    """A zip with arrays in it."""
+    if head[:4] != _ZIP:
+        return False
+    from surgery.archive import zip_names
+
+    return any(name.endswith(".npy") for name in zip_names(path))
+
+
+_ZIP = b"PK\x03\x04"
 _BUILT_IN = (
-    Format("safetensors", (".safetensors",), safetensors_format.sniff, "surgery.safetensors_format:open"),
-    Format("sharded", (".index.json",), shards.sniff, "surgery.shards:open"),
-    Format("torch", (".bin", ".pt", ".pth", ".ckpt"), torch_format.sniff, "surgery.torch_format:open"),
-    Format("npz", (".npz",), numpy_format.sniff, "surgery.numpy_format:open"),
+    Format("safetensors", (".safetensors",), _is_safetensors, "surgery.safetensors_format:open"),
+    Format("sharded", (".index.json",), _is_index, "surgery.shards:open"),
+    Format("torch", (".bin", ".pt", ".pth", ".ckpt"), _is_torch, "surgery.torch_format:open"),
+    Format("npz", (".npz",), _is_npz, "surgery.numpy_format:open"),
 )
 _registered: dict[str, Format] = {}
 
@@ -252,6 +278,8 @@ def _absent(path: Path) -> CheckpointError:
         return CheckpointError(f"{path}: a link to a file that is not there", hint=f"See where it points: ls -l {path}")
     except OSError:
         pass
+    import difflib
+
     try:
         near = difflib.get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=3)
     except OSError:

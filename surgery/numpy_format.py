@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from surgery import dtypes
+from surgery.archive import DAMAGE, reason
 from surgery.errors import CheckpointError
 from surgery.reader import LocalFile, Reader, Span, TensorInfo, check_slices
-from surgery.torch_format import zip_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +24,6 @@ _NAMES = {
     "b1": "BOOL", "u1": "U8", "u2": "U16", "u4": "U32", "u8": "U64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64",
     "f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64", "c16": "C128", _BFLOAT16: "BF16",
 }  # fmt: skip
-
-
-def sniff(path: Path, head: bytes) -> bool:
-    """A zip with arrays in it, and nothing of torch's."""
-    names = zip_names(path) if head[:4] == b"PK\x03\x04" else []
-    return any(name.endswith(".npy") for name in names) and not any(name.endswith("data.pkl") for name in names)
 
 
 def open(path: Path) -> Reader:
@@ -80,8 +74,8 @@ class NpzReader(Reader):
                     plain = dtype.str[0] != ">" and (not fortran or len(shape) < 2)
                     if plain and member.compress_type == zipfile.ZIP_STORED:
                         self._spans[name] = self._stored(member, start, info.nbytes)
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
-            raise CheckpointError(f"{path}: not a readable .npz: {error}", hint=_AGAIN) from error
+        except DAMAGE as error:
+            raise CheckpointError(f"{path}: not a readable .npz: {reason(error)}", hint=_AGAIN) from error
         if not infos:
             raise CheckpointError(f"{path}: no arrays of numbers in it", hint=_AGAIN)
         self.infos = infos
@@ -114,8 +108,8 @@ class NpzReader(Reader):
         try:
             with zipfile.ZipFile(self._file.path) as archive, archive.open(self._members[name]) as stream:
                 array = np.lib.format.read_array(stream, allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-            raise CheckpointError(f"{self.source}: {name!r} cannot be read: {error}", hint=_AGAIN) from error
+        except DAMAGE as error:
+            raise CheckpointError(f"{self.source}: {name!r} cannot be read: {reason(error)}", hint=_AGAIN) from error
         if array.dtype.str.endswith(_BFLOAT16):
             array = array.view(np.uint16)
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)

@@ -24,11 +24,6 @@ MAX_HEADER = 100_000_000  # the format's own limit
 _AGAIN = "The file is incomplete or damaged. Download or copy it again."
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    """A header length within the format's limit, then the brace that must open the header."""
-    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
-
-
 def open(path: Path) -> Reader:
     return SafetensorsReader(path)
 

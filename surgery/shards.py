@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 _SHOWN = 5
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    return path.name.endswith(".index.json") and head.lstrip()[:1] == b"{"
-
-
 def open(path: Path) -> Reader:
     from surgery.formats import open_file
 

@@ -11,28 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from surgery.archive import DAMAGE, is_pickle_record, reason, zip_names
 from surgery.errors import CheckpointError
 from surgery.memory import MemoryReader
 from surgery.reader import LocalFile, Reader
 
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save's stream begins with, pickled
 _HARMLESS = frozenset({"collections.OrderedDict", "collections.Counter", "_codecs.encode"})
-
-
-def sniff(path: Path, head: bytes) -> bool:
-    """A zip with a data.pkl in it, or a binary pickle."""
-    if head[:4] == b"PK\x03\x04":
-        return any(_is_pickle_record(name) for name in zip_names(path))
-    return head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5
-
-
-def zip_names(path: Path) -> list[str]:
-    """The names in a zip; none where it is not a whole zip."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return []
 
 
 def open(path: Path) -> Reader:
@@ -51,7 +36,7 @@ def open(path: Path) -> Reader:
                 hint="If you trust it, save its weights alone: "
                 f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")',
             )
-        if not any(_is_pickle_record(name) for name in names):
+        if not any(is_pickle_record(name) for name in names):
             raise CheckpointError(
                 f"{path}: a zip archive without a data.pkl, so not written by torch.save",
                 hint="If it is an archive of checkpoints, unpack it: python -m zipfile -e FILE FOLDER.",
@@ -77,15 +62,11 @@ def _load(path: Path, *, mapped: bool) -> Reader:
         refused = _names_in(path)
         if refused and not isinstance(error, (MemoryError, OSError)):
             raise _refusal(path, refused) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path}: torch cannot load it: {reason}", hint="The file may be incomplete. Download or copy it again."
+            f"{path}: torch cannot load it: {reason(error)}",
+            hint="The file may be incomplete. Download or copy it again.",
         ) from error
     return MemoryReader(content, source=str(path), files=(path,), holder=f'torch.load("{path}", weights_only=True)')
-
-
-def _is_pickle_record(name: str) -> bool:
-    return name == "data.pkl" or name.endswith("/data.pkl")
 
 
 def _refusal(path: Path, names: list[str]) -> CheckpointError:
@@ -101,7 +82,7 @@ def _names_in(path: Path) -> list[str]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                record = next((name for name in archive.namelist() if _is_pickle_record(name)), None)
+                record = next((name for name in archive.namelist() if is_pickle_record(name)), None)
                 if record is None:
                     return []
                 with archive.open(record) as stream:
@@ -109,7 +90,7 @@ def _names_in(path: Path) -> list[str]:
         else:
             with path.open("rb") as stream:
                 found = _scan(stream)
-    except (OSError, zipfile.BadZipFile):
+    except DAMAGE:
         return []
     return sorted(found - _allowed())
 
@@ -147,7 +128,7 @@ def _scan(stream: IO[bytes]) -> set[str]:
                     top = memo[argument]
                 if top is not None:
                     strings.append(top)
-        except (ValueError, EOFError, IndexError):  # UnicodeDecodeError is a ValueError: the pickle is cut or damaged
+        except DAMAGE:  # the pickle is cut or damaged: what was found until here counts
             break
     return {name for name in found if _is_dotted(name)}
 

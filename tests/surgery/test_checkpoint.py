@@ -20,6 +20,7 @@ from torch import nn
 from surgery import checkpoint, dtypes
 from surgery.checkpoint import TensorInfo, raw_bytes
 from surgery.errors import CheckpointError
+from surgery.plan import structure_hash
 
 DTYPES = [
     "BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F16", "BF16", "F32", "F64", "C64",
@@ -311,6 +312,7 @@ def test_structure_hash_depends_on_names_dtypes_and_shapes_alone() -> None:
 
     one = digest(a=torch.ones(2, 3), b=torch.ones(1))
     assert one == digest(b=torch.zeros(1), a=torch.zeros(2, 3))
+    assert one == structure_hash(checkpoint.open({"a": torch.ones(2, 3), "b": torch.ones(1)})), "a plan's own hash"
     assert one != digest(a=torch.ones(3, 2), b=torch.ones(1))
     assert one != digest(a=torch.ones(2, 3).half(), b=torch.ones(1))
     assert one != digest(a=torch.ones(2, 3), c=torch.ones(1))
