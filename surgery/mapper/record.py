@@ -493,6 +493,7 @@ def record(fn: Callable[[nn.Module, Any], Any], module: nn.Module, x: Any, *, ke
             if vid is None:
                 v = Value(tuple(t.shape), twin.lift(t.dtype), "param", name=name, weights=True)
                 vid = rec.add(t, v)
+                v.tensor = t.inner if isinstance(t, twin.Lifted) else t.detach()  # as it is stored; not a copy
             tape.params[name] = int(vid)
         for t in tree_iter(x):
             if isinstance(t, Tensor) and t not in rec.ids:

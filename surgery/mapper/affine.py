@@ -1,0 +1,527 @@
+"""Values as sums of terms that are linear in the weights, element by element.
+
+Between two operations that are not linear in the weights, every program is a sum: a product of known rows with a weight
+matrix, a scale times a known value, a bias, a table row, and what is known already. `Affine.terms(value)` gives that sum
+with, for every element of the value, the number of the weight element that stands in it. Layout operators (views,
+transposes, splits, concatenations) only move these numbers, so that fused and split, transposed and stacked spellings of one
+function come to the same thing, and a mapping between two programs can be read off where their sums meet.
+
+Weight elements are numbered from 1 through all tensors of a program; 0 is "no weight here". The numbers travel as float64
+(exact to 2**53), because every layout operator knows float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from surgery.mapper.record import Node, Ref, Tape, fingerprint, overlay
+
+aten = torch.ops.aten
+
+LAYOUT = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select", "slice",
+        "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "unbind", "chunk", "unsafe_chunk", "cat",
+        "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "flip", "roll", "repeat", "as_strided",
+        "index", "index_select", "unfold", "im2col", "diagonal", "reflection_pad1d", "reflection_pad2d",
+        "replication_pad1d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle", "gather", "copy", "slice_scatter",
+        "select_scatter", "movedim", "tril", "triu", "view_copy", "expand_copy",
+    }
+)  # fmt: skip
+ELEMENTWISE = frozenset(
+    {"exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "pow", "sigmoid", "tanh", "softplus", "abs", "neg"}
+)
+
+
+def base(op: Any) -> str:
+    """The operator's plain name: aten.view.default -> view."""
+    if op is overlay:
+        return "overlay"
+    return op if isinstance(op, str) else str(op._schema.name).split("::")[1]
+
+
+@dataclass
+class Site:
+    """A product of rows with a weight matrix (or a convolution with a kernel)."""
+
+    node: int
+    x: Tensor  # linear: rows [N, K]; convolution: its input
+    x_vid: int
+    w: Tensor  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
+    geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
+    columns: tuple[int, ...] | None = None  # where x is a concatenation: which of its columns
+
+    _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def conv(self) -> bool:
+        return bool(self.geometry)
+
+    def linear(self) -> tuple[Tensor, Tensor] | None:
+        """(rows [N, K], weight numbers [K, M]); a plain convolution as the product of its unfolded input."""
+        if not self.conv:
+            return self.x, self.w
+        if self._linear is None:
+            stride, padding, dilation, transposed, _, groups = self.geometry
+            dims = self.x.ndim - 2
+            if transposed or groups != 1 or dims not in (1, 2):
+                return None
+            x, kernel = self.x, list(self.w.shape[2:])
+            stride, padding, dilation = (list(g) * dims if len(g) == 1 else list(g) for g in (stride, padding, dilation))
+            if dims == 1:
+                x, kernel = x.unsqueeze(2), [1, *kernel]
+                stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+            if math.prod(kernel) == 1 and not any(padding) and all(s == 1 for s in stride):
+                rows = x.flatten(2)
+            else:
+                size = x.numel() * math.prod(kernel)
+                if size > 1 << 26:
+                    return None
+                rows = F.unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
+            self._linear = (rows.transpose(1, 2).reshape(-1, rows.shape[1]), self.w.reshape(self.w.shape[0], -1).t())
+        return self._linear
+
+
+@dataclass
+class Term:
+    """One addend of a value. kind: known | product | scale | weight. The tensors have the value's shape."""
+
+    kind: str
+    coef: float
+    value: Tensor | None = None  # known, scale: the known factor
+    ids: Tensor | None = None  # scale, weight: weight elements, 0 where there is none
+    site: Site | None = None  # product
+    row: Tensor | None = None  # product: row of the site plus 1, 0 where the term is absent
+    col: Tensor | None = None
+    vid: int = -1  # known, scale: the value it came from
+
+    def tensors(self) -> list[str]:
+        return {"known": ["value"], "scale": ["value", "ids"], "weight": ["ids"], "product": ["row", "col"]}[self.kind]
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> Term:
+        new = Term(self.kind, self.coef, self.value, self.ids, self.site, self.row, self.col, self.vid)
+        for name in self.tensors():
+            setattr(new, name, f(getattr(self, name)))
+        if self.kind in ("known", "scale") and new.value is not None and new.value.shape != (self.value.shape if self.value is not None else ()):
+            new.vid = self.vid
+        return new
+
+    def scaled(self, c: float) -> Term:
+        return Term(self.kind, self.coef * c, self.value, self.ids, self.site, self.row, self.col, self.vid)
+
+
+@dataclass
+class Virtual:
+    """Weights computed from weights (weight norm, exp of a logit scale): numbered like any others."""
+
+    vid: int
+    offset: int
+    size: int
+    how: str = ""  # "reciprocal" where a division by the value was met
+
+
+class NotAffine(Exception):
+    """The value is not a sum of terms linear in the weights."""
+
+
+class Affine:
+    """Reads a tape as sums. `known(vid)` gives a value that needs no weights any more, or None."""
+
+    def __init__(self, tape: Tape, *, cut: bool) -> None:
+        self.tape = tape
+        self.cut = cut  # the reference: a value that a non-linear operation consumes is an addend of its own
+        self.offset: dict[int, int] = {}
+        self.names: list[tuple[int, int, str]] = []  # (first number, size, name)
+        n = 1
+        for vid in sorted(set(tape.params.values())):
+            size = math.prod(tape.values[vid].shape)
+            self.offset[vid] = n
+            self.names.append((n, size, tape.values[vid].name))
+            n += size
+        self.real_end = n
+        self.next = n
+        self.virtual: dict[tuple[int, str], Virtual] = {}
+        self.memo: dict[int, list[Term]] = {}
+
+    # -- what a node is -----------------------------------------------------------------------------------------------
+    def weight_only(self, vid: int) -> bool:
+        v = self.tape.values[vid]
+        return v.weights and not v.data
+
+    def kind(self, node: Node) -> str:
+        """layout | sum | product | scale | virtual | barrier"""
+        name = base(node.op)
+        values = self.tape.values
+        floats = [v for v in node.inputs if values[v].dtype.is_floating_point]
+        if not floats or node.op == "sync":
+            return "barrier"
+        if name in LAYOUT or name == "overlay":
+            if name in ("index", "gather", "index_select"):
+                return "layout" if not (name == "index" and any(values[r.vid].weights for r in _refs(node.args[1:]))) else "barrier"
+            return "layout"
+        if name == "constant_pad_nd" and (len(node.args) < 3 or node.args[2] == 0):
+            return "layout"
+        if name in ("add", "sub"):
+            if len(floats) == 1 and self.weight_only(floats[0]):
+                other = node.args[1] if isinstance(node.args[0], Ref) and node.args[0].vid == floats[0] else node.args[0]
+                if not isinstance(other, Ref) or not values[other.vid].data:
+                    return "virtual"
+            return "sum"
+        if name == "neg":
+            return "sum"
+        if name in ("mul", "div"):
+            a, b = node.args[0], node.args[1]
+            if not isinstance(b, Ref) or not isinstance(a, Ref):
+                return "sum"
+            wa, wb = self.weight_only(a.vid), self.weight_only(b.vid)
+            if wa and wb:
+                return "virtual"
+            if (wa and values[b.vid].data and name == "mul") or (wb and values[a.vid].data):
+                return "scale"
+            if wa or wb:  # by a constant that Python made
+                return "virtual"
+            return "barrier"
+        if name == "sum":
+            src = values[node.args[0].vid]
+            dims = node.args[1] if len(node.args) > 1 else None
+            if src.node >= 0 and dims and base(self.tape.nodes[src.node].op) == "cat" and len(dims) == 1:
+                prod = self.tape.nodes[src.node]
+                axis = prod.args[1] if len(prod.args) > 1 else 0
+                if src.shape[dims[0]] <= 16 and dims[0] % len(src.shape) == axis % len(src.shape):
+                    return "sum"
+            return "barrier"
+        if name in ("mm", "bmm", "convolution"):
+            a, b = node.args[0].vid, node.args[1].vid
+            wa, wb = self.weight_only(a), self.weight_only(b)
+            if wa and wb:
+                return "virtual"
+            if wb or (wa and name != "convolution"):
+                return "product"
+            return "barrier"
+        outs = [o for o in node.outs if o >= 0]
+        if outs and self.weight_only(outs[0]):
+            return "virtual"
+        return "barrier"
+
+    # -- terms --------------------------------------------------------------------------------------------------------
+    def weight_numbers(self, vid: int) -> Tensor:
+        v = self.tape.values[vid]
+        n = math.prod(v.shape)
+        return torch.arange(self.offset[vid], self.offset[vid] + n, dtype=torch.float64).reshape(v.shape)
+
+    def virtual_of(self, vid: int, how: str = "") -> Virtual:
+        key = (vid, how)
+        if key not in self.virtual:
+            size = math.prod(self.tape.values[vid].shape)
+            self.virtual[key] = Virtual(vid, self.next, size, how)
+            self.next += size
+        return self.virtual[key]
+
+    def owner(self, number: int) -> tuple[int, str]:
+        """(offset, name) of the tensor that holds an element; name is "" for a virtual one."""
+        for first, size, name in self.names:
+            if first <= number < first + size:
+                return first, name
+        return 0, ""
+
+    def known(self, vid: int) -> Tensor | None:
+        raise NotImplementedError  # pragma: no cover - given by the two programs in search.py
+
+    def atom(self, vid: int) -> list[Term]:
+        return [Term("known", 1.0, value=self.known(vid), vid=vid)]
+
+    def terms(self, vid: int, root: bool = True) -> list[Term]:
+        """The sum that `vid` is. Raises NotAffine where it is none and is not known either."""
+        if root and vid in self.memo:
+            return self.memo[vid]
+        v = self.tape.values[vid]
+        if v.origin == "param":
+            out = self.param_terms(vid)
+        elif v.origin != "node" or not v.weights:
+            out = self._need(vid)
+        elif self.cut and not root and v.data and self.is_end(vid):
+            out = self._need(vid)
+        elif not self.cut and (k := self.known(vid)) is not None:
+            out = [Term("known", 1.0, value=k, vid=vid)]
+        else:
+            out = self._node_terms(vid)
+        if root:
+            self.memo[vid] = out
+        return out
+
+    def param_terms(self, vid: int) -> list[Term]:
+        return [Term("weight", 1.0, ids=self.weight_numbers(vid))]
+
+    def _need(self, vid: int) -> list[Term]:
+        if self.known(vid) is None:
+            raise NotAffine(vid)
+        return self.atom(vid)
+
+    def is_end(self, vid: int) -> bool:
+        """A non-linear operation consumes it, or it is an output."""
+        return any(self.kind(self.tape.nodes[c]) in ("barrier", "scale") or self._as_rows(c, vid) for c in self.tape.consumers[vid])
+
+    def _as_rows(self, consumer: int, vid: int) -> bool:
+        """Is it the known factor of a product?"""
+        node = self.tape.nodes[consumer]
+        return self.kind(node) == "product" and not self.weight_only(vid)
+
+    def _node_terms(self, vid: int) -> list[Term]:
+        v = self.tape.values[vid]
+        node = self.tape.nodes[v.node]
+        kind = self.kind(node)
+        if kind == "layout":
+            return self._layout(node, v.out)
+        if kind == "sum":
+            return self._sum(node, v.shape)
+        if kind == "product":
+            return self._product(node, v.node, v.shape)
+        if kind == "scale":
+            return self._scale(node, v.shape)
+        if kind == "virtual":
+            u = self.virtual_of(vid)
+            numbers = torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(v.shape)
+            return [Term("weight", 1.0, ids=numbers)]
+        return self._need(vid)
+
+    def run(self, node: Node, feed: dict[int, Tensor]) -> Any:
+        """The node's operator on other tensors; values that are not fed are the known ones."""
+
+        def put(x: Any) -> Any:
+            if isinstance(x, Ref):
+                if x.vid in feed:
+                    return feed[x.vid]
+                k = self.known(x.vid)
+                if k is None:
+                    raise NotAffine(x.vid)
+                return k
+            return x
+
+        op = node.op
+        if op in (aten.view.default, aten._unsafe_view.default):  # strides need not be the recorded run's
+            op = aten.reshape.default
+        return op(*tree_map(put, node.args), **tree_map(put, node.kwargs))
+
+    def _layout(self, node: Node, out: int) -> list[Term]:
+        name = base(node.op)
+        values = self.tape.values
+        if name in ("index", "gather", "index_select"):
+            moved = [node.args[0].vid]
+        elif name == "copy":
+            moved = [node.args[1].vid]
+        else:
+            moved = [i for i in node.inputs if values[i].dtype.is_floating_point]
+        result: list[Term] = []
+        kwargs_free = name in ("_to_copy", "clone", "copy")
+        for i in dict.fromkeys(moved):
+            for term in self.terms(i, root=False):
+
+                def one(t: Tensor, i: int = i) -> Tensor:
+                    if kwargs_free:
+                        return t.expand(values[node.outs[0]].shape)
+                    feed = {j: torch.zeros(values[j].shape, dtype=torch.float64) for j in moved}
+                    feed[i] = t
+                    y = self.run(node, feed)
+                    return y[out] if isinstance(y, (tuple, list)) else y
+
+                if term.value is None and term.kind in ("known", "scale"):
+                    raise NotAffine(i)
+                new = term.mapped(one)
+                if new.kind in ("weight", "scale") and new.ids is not None and not bool(new.ids.any()):
+                    continue
+                if new.kind == "product" and new.row is not None and not bool(new.row.any()):
+                    continue
+                result.append(new)
+        return result
+
+    def _sum(self, node: Node, shape: tuple[int, ...]) -> list[Term]:
+        name = base(node.op)
+        if name == "sum":
+            dim = node.args[1][0]
+            keep = node.args[2] if len(node.args) > 2 else False
+            out: list[Term] = []
+            for term in self.terms(node.args[0].vid, root=False):
+                n = self.tape.values[node.args[0].vid].shape[dim]
+                for i in range(n):
+                    part = term.mapped(lambda t, i=i: t.select(dim, i).unsqueeze(dim) if keep else t.select(dim, i))
+                    main = getattr(part, part.tensors()[-1])
+                    if main is None or bool((main != 0).any()):
+                        out.append(part)
+            return out
+        a = node.args[0]
+        if name in ("mul", "div"):
+            b = node.args[1]
+            x, c = (a, b) if isinstance(a, Ref) else (b, a)
+            factor = float(c) if name == "mul" else 1.0 / float(c)
+            return [t.scaled(factor) for t in self.terms(x.vid, root=False)]
+        if name == "neg":
+            return [t.scaled(-1.0) for t in self.terms(a.vid, root=False)]
+        sign = -1.0 if name == "sub" else 1.0
+        out = []
+        for x, s in ((a, 1.0), (node.args[1], sign)):
+            if isinstance(x, Ref):
+                for t in self.terms(x.vid, root=False):
+                    if t.value is None and t.kind in ("known", "scale"):
+                        raise NotAffine(x.vid)
+                    out.append(t.mapped(lambda z: z.expand(shape)).scaled(s))
+            else:
+                out.append(Term("known", s, value=torch.full(shape, float(x), dtype=torch.float64)))
+        return out
+
+    def _scale(self, node: Node, shape: tuple[int, ...]) -> list[Term]:
+        a, b = node.args[0].vid, node.args[1].vid
+        x, w, how = (a, b, "") if self.weight_only(b) else (b, a, "")
+        if base(node.op) == "div":
+            how = "reciprocal"
+        k = self.known(x)
+        if k is None:
+            raise NotAffine(x)
+        if how:
+            u = self.virtual_of(w, how)
+            numbers = torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(self.tape.values[w].shape)
+            wt = [Term("weight", 1.0, ids=numbers)]
+        else:
+            wt = self.terms(w, root=False)
+        out = []
+        for t in wt:
+            if t.kind == "known":  # the weights are settled
+                assert t.value is not None
+                out.append(Term("known", t.coef, value=(k * t.value).expand(shape)))
+            elif t.kind == "weight":
+                assert t.ids is not None
+                out.append(Term("scale", t.coef, value=k.expand(shape), ids=t.ids.expand(shape), vid=x))
+            else:
+                raise NotAffine(w)
+        return out
+
+    def weight_matrix(self, vid: int) -> Tensor:
+        """The numbers of a value that is made of weights only, one weight an element."""
+        terms = self.terms(vid, root=False)
+        if len(terms) == 1 and terms[0].kind == "weight" and terms[0].coef == 1.0:
+            assert terms[0].ids is not None
+            return terms[0].ids
+        if all(t.kind == "weight" and t.coef == 1.0 for t in terms):  # a concatenation of weights: they do not overlap
+            total = torch.zeros(self.tape.values[vid].shape, dtype=torch.float64)
+            count = torch.zeros_like(total)
+            for t in terms:
+                assert t.ids is not None
+                total = total + t.ids
+                count = count + (t.ids != 0)
+            if not bool((count > 1).any()):
+                return total
+        u = self.virtual_of(vid)
+        return torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(self.tape.values[vid].shape)
+
+    def _product(self, node: Node, index: int, shape: tuple[int, ...]) -> list[Term]:
+        name = base(node.op)
+        a, b = node.args[0].vid, node.args[1].vid
+        if name == "convolution":
+            x = self.known(a)
+            if x is None:
+                raise NotAffine(a)
+            site = Site(index, x, a, self.weight_matrix(b), tuple(_plain(v) for v in node.args[3:9]))
+            n, c, *space = shape
+            p = math.prod(space)
+            row = torch.arange(1, n * p + 1, dtype=torch.float64).reshape(n, 1, *space).expand(shape)
+            col = torch.arange(1, c + 1, dtype=torch.float64).reshape(1, c, *[1] * len(space)).expand(shape)
+            return [Term("product", 1.0, site=site, row=row, col=col)]
+        left = self.weight_only(a)  # w @ x is the transpose of x.T @ w.T
+        xv, wv = (b, a) if left else (a, b)
+        x, w = self.known(xv), self.weight_matrix(wv)
+        if x is None:
+            raise NotAffine(xv)
+        if left:
+            x, w = x.transpose(-1, -2), w.transpose(-1, -2)
+        if name == "mm":
+            x, w = x.unsqueeze(0), w.unsqueeze(0)
+        nb, n, k = x.shape
+        m = w.shape[2]
+        out: list[Term] = []
+        if nb > 1 and bool((w == w[:1]).all()):  # one matrix for the whole batch
+            x, w, nb, n = x.reshape(1, nb * n, k), w[:1], 1, nb * n
+        elif nb > 1 and bool((x == x[:1]).all()):  # one input for all matrices: their columns side by side
+            w = w.permute(1, 0, 2).reshape(1, k, nb * m)
+            row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(nb, n, m)
+            col = torch.arange(1, nb * m + 1, dtype=torch.float64).reshape(nb, 1, m).expand(nb, n, m)
+            return self._site_terms(index, x[0], xv, w[0], _turned(row, left), _turned(col, left), shape)
+        for i in range(nb):
+            row = torch.zeros(nb, n, m, dtype=torch.float64)
+            col = torch.zeros(nb, n, m, dtype=torch.float64)
+            row[i] = torch.arange(1, n + 1, dtype=torch.float64).reshape(n, 1)
+            col[i] = torch.arange(1, m + 1, dtype=torch.float64).reshape(1, m)
+            out += self._site_terms(index, x[i], xv, w[i], _turned(row, left), _turned(col, left), shape)
+        return out
+
+    def _site_terms(
+        self, index: int, x: Tensor, xv: int, w: Tensor, row: Tensor, col: Tensor, shape: tuple[int, ...]
+    ) -> list[Term]:
+        """One product, or one for each part where its input is a concatenation along the contracted axis."""
+        row, col = row.reshape(shape), col.reshape(shape)
+        groups = self._pieces(xv, x)
+        if groups is None:
+            return [Term("product", 1.0, site=Site(index, x, xv, w), row=row, col=col)]
+        return [
+            Term("product", 1.0, site=Site(index, x[:, g], xv, w[g], columns=tuple(g.tolist())), row=row, col=col)
+            for g in groups
+        ]
+
+    def _pieces(self, xv: int, x: Tensor) -> list[Tensor] | None:
+        """The columns of x that come from each part of a concatenation, or None where it is none."""
+        chain = []
+        vid = xv
+        while True:
+            v = self.tape.values[vid]
+            if v.origin != "node":
+                return None
+            node = self.tape.nodes[v.node]
+            name = base(node.op)
+            if name == "cat":
+                break
+            if name not in ("view", "_unsafe_view", "reshape", "clone", "expand", "t", "transpose"):
+                return None
+            chain.append((node, vid))
+            vid = node.args[0].vid
+        parts = node.args[0]
+        axis = (node.args[1] if len(node.args) > 1 else 0) % len(v.shape)
+        if len(parts) > 16 or axis != len(v.shape) - 1:
+            return None
+        mark = torch.cat([torch.full(self.tape.values[p.vid].shape, float(i)) for i, p in enumerate(parts)], axis)
+        for n, _ in reversed(chain):
+            mark = mark.expand(*mark.shape) if base(n.op) == "clone" else self.run(n, {n.args[0].vid: mark})
+        if mark.numel() != x.numel():
+            return None
+        mark = mark.reshape(-1, x.shape[-1])
+        if not bool((mark == mark[:1]).all()):
+            return None
+        first = mark[0]
+        return [torch.nonzero(first == i).flatten() for i in range(len(parts)) if bool((first == i).any())]
+
+
+def _turned(t: Tensor, left: bool) -> Tensor:
+    return t.transpose(-1, -2) if left else t
+
+
+def _plain(v: Any) -> Any:
+    return tuple(v) if isinstance(v, (list, tuple)) else v
+
+
+def _refs(x: Any) -> list[Ref]:
+    out: list[Ref] = []
+    tree_map(lambda r: out.append(r) if isinstance(r, Ref) else None, x)
+    return out
+
+
+def informative(x: Tensor) -> bool:
+    """Rows that are zero say nothing of the weights that they meet."""
+    return bool((x != 0).any())
+
+
+__all__ = ["Affine", "NotAffine", "Site", "Term", "Virtual", "base", "fingerprint", "informative"]

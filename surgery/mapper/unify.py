@@ -1,0 +1,506 @@
+"""Where two sums meet: which weights make a value of the target equal to a value of the reference.
+
+A target value and a reference value, each a sum of terms (see affine.py), are laid over each other: products by the rows
+that both see, scaled and known values by value, weights by the pattern in which they recur. What comes out is a list of
+assignments: numbers of target elements, and for each the number of the source element (or of several, to be added; or none,
+which means zero). Nothing here knows a name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from surgery.mapper.affine import Site, Term, informative
+from surgery.mapper.record import fingerprint, same
+
+CLOSE = 1e-9
+
+
+@dataclass
+class Assignment:
+    """Target elements and, for each, the source elements whose sum it is; no sources: zero."""
+
+    target: Tensor
+    sources: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Match:
+    """One way to make the values equal. `missing`: addends of the reference that the target has no place for."""
+
+    assignments: list[Assignment]
+    penalty: float = 0.0
+    missing: int = 0
+    zeros: int = 0
+    swapped: bool = False  # addends of one sum that could as well change places
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def row_keys(x: Tensor) -> Tensor:
+    """Two sums for each row that no permutation of its elements changes."""
+    return torch.stack([x.sum(1), (x * x).sum(1)], 1)
+
+
+def _find_rows(a: Tensor, b: Tensor) -> Tensor | None:
+    """For each row of keys a, a row of keys b that equals it (-1: none); equal rows are met in order."""
+    if a.shape == b.shape and torch.allclose(a, b, rtol=CLOSE, atol=1e-12):
+        return torch.arange(len(a))
+    scale = b.abs().amax(0).clamp_min(1e-300)
+    order = torch.argsort(b[:, 1], stable=True)
+    keys = b[order, 1].contiguous()
+    tol = CLOSE * scale
+    lo = torch.searchsorted(keys, (a[:, 1] - tol[1]).contiguous())
+    hi = torch.searchsorted(keys, (a[:, 1] + tol[1]).contiguous(), right=True)
+    out = torch.full((len(a),), -1, dtype=torch.int64)
+    taken: dict[int, int] = {}
+    for i in range(len(a)):
+        if hi[i] - lo[i] > 4096:
+            return None
+        hits = order[lo[i] : hi[i]]
+        hits = hits[(b[hits, 0] - a[i, 0]).abs() <= tol[0] * 10]
+        if len(hits):
+            key = int(hits[0])
+            turn = taken.get(key, 0)
+            taken[key] = turn + 1
+            out[i] = hits[min(turn, len(hits) - 1)]
+    return out
+
+
+@dataclass
+class Rows:
+    """How the rows (and the columns) of one input correspond to another's."""
+
+    rows: Tensor  # for each target row, the reference's, or -1
+    columns: Tensor | None  # for each target column, the reference's; None: the same
+
+
+def match_rows(x: Tensor, present: Tensor, y: Tensor) -> Rows | None:
+    """x [N, K] (only the rows `present` count) against y [N', K]: rows of x found among the rows of y."""
+    if x.shape[1] != y.shape[1]:
+        return None
+    probe = present[torch.linspace(0, len(present) - 1, min(4, len(present))).long()]
+    ky = row_keys(y)
+    quick = _find_rows(row_keys(x[probe]), ky)
+    if quick is None or bool((quick < 0).any()):
+        return None
+    if len(present) == len(x) and x.shape == y.shape and torch.allclose(row_keys(x), ky, rtol=CLOSE, atol=1e-12):
+        found = torch.arange(len(x))
+    else:
+        got = _find_rows(row_keys(x[present]), ky)
+        if got is None or bool((got < 0).any()):
+            return None
+        found = torch.full((len(x),), -1, dtype=torch.int64)
+        found[present] = got
+    a, b = x[probe], y[found[probe]]
+    scale = b.abs().max().clamp_min(1e-300)
+    if bool(((a - b).abs() <= 1e-8 * scale).all()):
+        return Rows(found, None)
+    best = int(a.abs().sum(1).argmax())
+    oa, ob = torch.argsort(a[best]), torch.argsort(b[best])
+    if not bool(((a[:, oa] - b[:, ob]).abs() <= 1e-8 * scale).all()):
+        return None
+    columns = torch.empty(x.shape[1], dtype=torch.int64)
+    columns[oa] = ob
+    return Rows(found, columns)
+
+
+def match_sites(t: Site, r: Site, present: Tensor) -> Rows | None:
+    """Do two products read the same rows? Two convolutions are compared by input and geometry."""
+    if t.conv and r.conv:
+        if t.w.shape[1:] != r.w.shape[1:] or t.geometry[0] != r.geometry[0] or t.geometry[2:4] != r.geometry[2:4]:
+            return None
+        if t.geometry[5] != r.geometry[5]:
+            return None
+        fa, fb = fingerprint(t.x), fingerprint(r.x)
+        if fa is None or fb is None or not same(fa, fb):
+            return None
+        return Rows(torch.arange(int(present.max()) + 1), None)
+    a, b = t.linear(), r.linear()
+    if a is None or b is None:
+        return None
+    return match_rows(a[0], present, b[0])
+
+
+# -------------------------------------------------------------------------------------------------------- alignment
+
+
+def _orders(shape_t: tuple[int, ...], shape_r: tuple[int, ...]) -> Iterator[Tensor]:
+    """Flat positions of the reference's elements in the target's order, for every permutation of axes that fits."""
+    n = math.prod(shape_r)
+    if math.prod(shape_t) != n:
+        return
+    grid = torch.arange(n)
+    a, b = [s for s in shape_t if s != 1], [s for s in shape_r if s != 1]
+    if a == b:
+        yield grid
+    if sorted(a) == sorted(b) and 1 < len(b) <= 5:
+        for p in itertools.permutations(range(len(b))):
+            if p != tuple(range(len(b))) and [b[i] for i in p] == a:
+                yield grid.reshape(b).permute(p).reshape(-1)
+
+
+def _first_seen(x: Tensor) -> Tensor:
+    """Distinct values in the order in which they first appear."""
+    values, inverse = torch.unique(x, return_inverse=True)
+    first = torch.full((len(values),), len(x), dtype=torch.int64)
+    first.scatter_reduce_(0, inverse, torch.arange(len(x)), "amin")
+    return values[torch.argsort(first)]
+
+
+def _flat(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t.reshape(-1).to(torch.int64)
+
+
+def align_products(
+    t: Term, r: Term, rows: Rows, shape_t: tuple[int, ...], shape_r: tuple[int, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """(element of the reference for each target element, columns of the target, columns of the reference, penalty)."""
+    rt, ct, rr, cr = _flat(t.row), _flat(t.col), _flat(r.row), _flat(r.col)
+    pt = rt > 0
+    mapped = torch.full_like(rt, -1)
+    mapped[pt] = rows.rows[rt[pt] - 1] + 1
+    for order in _orders(shape_t, shape_r):
+        if bool((mapped[pt] == rr[order][pt]).all()):
+            pair = function(ct[pt], cr[order][pt])
+            if pair is not None and len(torch.unique(pair[1])) == len(pair[1]):
+                yield order, pair[0] - 1, pair[1] - 1, 0.0
+                return
+    pr = rr > 0
+    seen_t, seen_r = _first_seen(ct[pt]), _first_seen(cr[pr])
+    size = max(int(rr.max()), int(mapped.max())) + 1
+    table = torch.full((size, int(cr.max()) + 1), -1, dtype=torch.int64)
+    table[rr[pr], cr[pr]] = torch.nonzero(pr).flatten()
+    m, n = len(seen_t), len(seen_r)
+    choices: list[tuple[Tensor, float]] = []
+    if m == n:
+        choices.append((seen_r, 0.5))
+        if not torch.equal(torch.sort(seen_r).values, seen_r) or not torch.equal(torch.sort(seen_t).values, seen_t):
+            inverse = torch.empty_like(seen_t)
+            inverse[torch.argsort(seen_t)] = torch.sort(seen_r).values
+            choices.append((inverse, 1.0))
+    elif m < n and n % m == 0 and n // m <= 64:
+        choices += [(seen_r[i * m : (i + 1) * m], 2.0) for i in range(n // m)]
+        choices += [(seen_r[i :: n // m], 3.0) for i in range(n // m)]
+    for chosen, penalty in choices:
+        column = torch.zeros(int(ct.max()) + 1, dtype=torch.int64)
+        column[seen_t] = chosen
+        e = torch.full_like(rt, -1)
+        e[pt] = table[mapped[pt], column[ct[pt]]]
+        if bool((e[pt] >= 0).all()):
+            yield e, seen_t - 1, chosen - 1, penalty
+
+
+def align_values(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Elements of b in the order of a where the two hold the same values (zeros of padding aside)."""
+    fa, fb = a.reshape(-1), b.reshape(-1)
+    scale = fb.abs().max().clamp_min(1e-300) if fb.numel() else torch.tensor(1.0)
+    for order in _orders(tuple(a.shape), tuple(b.shape)):
+        if bool(((fa - fb[order]).abs() <= 1e-8 * scale).all()):
+            yield order
+            return
+    if fa.numel() == fb.numel() and fa.numel() <= 1 << 22:
+        oa, ob = torch.argsort(fa, stable=True), torch.argsort(fb, stable=True)
+        if bool(((fa[oa] - fb[ob]).abs() <= 1e-8 * scale).all()):
+            e = torch.empty_like(oa)
+            e[oa] = ob
+            yield e
+
+
+def function(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mapping a -> b as (distinct a, their b), or None where one a meets two b."""
+    if a.numel() == 0:
+        return a, b
+    size = int(a.max()) + 1
+    lo = int(a.min())
+    if size - lo <= 8 * a.numel() + 1024:
+        first = torch.full((size - lo,), -1, dtype=torch.int64)
+        first[a - lo] = b
+        if not bool((first[a - lo] == b).all()):
+            return None
+        keys = torch.nonzero(first >= 0).flatten()
+        return keys + lo, first[keys]
+    keys, inverse = torch.unique(a, return_inverse=True)
+    vals = torch.empty_like(keys)
+    vals[inverse] = b
+    return (keys, vals) if bool((vals[inverse] == b).all()) else None
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+def live(t: Term) -> bool:
+    """A product of rows that are not all zero."""
+    if t.kind != "product":
+        return False
+    assert t.site is not None and t.row is not None
+    if t.site.conv:
+        return informative(t.site.x)
+    rows = torch.unique(t.row)
+    rows = rows[rows > 0].long() - 1
+    return informative(t.site.x[rows])
+
+
+def present_rows(t: Term) -> Tensor:
+    rows = torch.unique(_flat(t.row))
+    return rows[rows > 0] - 1
+
+
+def unify(
+    target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]
+) -> list[Match]:
+    """All the ways in which the target's sum can be made equal to the reference's."""
+    tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
+    ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
+    if len(tp) != len(rp) or (not tp and len(ts) != len(rs)):
+        return []
+    out: list[Match] = []
+    if tp:
+        for pairing in _pairings(tp, rp):
+            out += _by_products(pairing, target, shape_t, source, shape_r)
+    elif ts:
+        for perm in itertools.islice(itertools.permutations(rs), 6):
+            out += _by_values(list(zip(ts, perm, strict=True)), target, source)
+            if out:
+                break
+    else:
+        out += _by_known(target, shape_t, source, shape_r)
+    return out
+
+
+def _pairings(tp: list[Term], rp: list[Term]) -> Iterator[list[tuple[Term, Term, Rows]]]:
+    """Products of one side paired with products of the other that read the same rows."""
+
+    def go(i: int, free: list[int], acc: list[tuple[Term, Term, Rows]]) -> Iterator[list[tuple[Term, Term, Rows]]]:
+        if i == len(tp):
+            yield list(acc)
+            return
+        for j in free:
+            a, b = tp[i].site, rp[j].site
+            assert a is not None and b is not None
+            rows = match_sites(a, b, present_rows(tp[i]))
+            if rows is not None:
+                acc.append((tp[i], rp[j], rows))
+                yield from go(i + 1, [f for f in free if f != j], acc)
+                acc.pop()
+
+    yield from itertools.islice(go(0, list(range(len(rp))), []), 24)
+
+
+def _by_products(
+    pairs: list[tuple[Term, Term, Rows]],
+    target: list[Term],
+    shape_t: tuple[int, ...],
+    source: list[Term],
+    shape_r: tuple[int, ...],
+) -> Iterator[Match] | list[Match]:
+    lead_t, lead_r, rows = pairs[0]
+    out = []
+    for e, ct, cr, penalty in align_products(lead_t, lead_r, rows, shape_t, shape_r):
+        assignments = _weights(lead_t, lead_r, rows, ct, cr)
+        ok = assignments is not None
+        for t, r, more in pairs[1:]:
+            if not ok or not math.isclose(t.coef / lead_t.coef, r.coef / lead_r.coef, rel_tol=1e-9):
+                ok = False
+                break
+            pt = (_flat(t.row) > 0) & (e >= 0)
+            pair = function(_flat(t.col)[pt], _flat(r.col)[e[pt]])
+            if pair is None or bool((pair[1] == 0).any()):
+                ok = False
+                break
+            extra = _weights(t, r, more, pair[0] - 1, pair[1] - 1)
+            if extra is None:
+                ok = False
+                break
+            assert assignments is not None
+            assignments += extra
+        if ok and assignments is not None:
+            m = _rest(e, target, source, lead_t.coef, lead_r.coef)
+            if m is not None:
+                m.assignments = assignments + m.assignments
+                m.penalty += penalty
+                out.append(m)
+    return out
+
+
+def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assignment] | None:
+    """The weight matrix of one product from the other's, column by column."""
+    assert t.site is not None and r.site is not None
+    if t.site.conv and r.site.conv:
+        wt, wr = t.site.w[ct], r.site.w[cr]
+    else:
+        a, b = t.site.linear(), r.site.linear()
+        assert a is not None and b is not None
+        wt, wr = a[1][:, ct], b[1][:, cr]
+        if rows.columns is not None:
+            wr = wr[rows.columns]
+    if wt.shape != wr.shape:
+        return None
+    it, ir = wt.reshape(-1).to(torch.int64), wr.reshape(-1).to(torch.int64)
+    if bool(((it == 0) & (ir != 0)).any()):
+        return None
+    keep = it != 0
+    if not bool(keep.all()):
+        it, ir = it[keep], ir[keep]
+    zero = ir == 0
+    out = [Assignment(it[~zero], [ir[~zero]])] if not bool(zero.all()) else []
+    if bool(zero.any()):
+        out.append(Assignment(it[zero], []))
+    return out
+
+
+def _by_values(pairs: list[tuple[Term, Term]], target: list[Term], source: list[Term]) -> list[Match]:
+    """Scaled values: the same known factor on both sides."""
+    lead_t, lead_r = pairs[0]
+    if lead_t.value is None or lead_r.value is None:
+        return []
+    out = []
+    for e in align_values(lead_t.value, lead_r.value):
+        assignments = []
+        for t, r in pairs:
+            it, ir = _flat(t.ids), _flat(r.ids)[e]
+            if t is not lead_t:
+                if t.value is None or r.value is None:
+                    break
+                a, b = t.value.reshape(-1), r.value.reshape(-1)[e]
+                if not bool(((a - b).abs() <= 1e-8 * b.abs().max()).all()):
+                    break
+            here = it > 0
+            pair = function(it[here], ir[here])
+            if pair is None or bool((pair[1] == 0).any()):
+                break
+            assignments.append(Assignment(pair[0], [pair[1]]))
+        else:
+            m = _rest(e, target, source, lead_t.coef, lead_r.coef)
+            if m is not None:
+                m.assignments = assignments + m.assignments
+                out.append(m)
+    return out
+
+
+def _total(terms: list[Term], kind: str, shape: tuple[int, ...]) -> Tensor | None:
+    total: Tensor | None = None
+    for t in terms:
+        if t.kind == kind:
+            if t.value is None:
+                return None
+            v = t.coef * t.value.expand(shape)
+            total = v if total is None else total + v
+    return total
+
+
+def _by_known(
+    target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]
+) -> list[Match]:
+    a, b = _total(target, "known", shape_t), _total(source, "known", shape_r)
+    out = []
+    if a is not None and b is not None and bool((a != 0).any()):
+        for ratio in (1.0,):
+            for e in align_values(a, b * ratio):
+                m = _rest(e, target, source, 1.0, 1.0)
+                if m is not None:
+                    out.append(m)
+    elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
+        lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
+        lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
+        for k, e in enumerate(_orders(shape_t, shape_r)):
+            m = _rest(e, target, source, lead_t, lead_r)
+            if m is not None:
+                m.penalty += k
+                out.append(m)
+    return out
+
+
+def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: float) -> Match | None:
+    """Assign the weights that stand alone in the sums (biases, table rows, tokens), element by element under e."""
+    us = [t for t in target if t.kind == "weight"]
+    vs = [t for t in source if t.kind == "weight"]
+    m = Match([])
+    if not us and not vs:
+        return m
+    here = e >= 0
+    et = e[here]
+    iu = [_flat(t.ids)[here] for t in us]
+    iv = [_flat(t.ids)[et] for t in vs]
+    signs_u, signs_v = [t.coef / ct for t in us], [t.coef / cr for t in vs]
+    code = torch.zeros(int(here.sum()), dtype=torch.int64)
+    for k, x in enumerate(iu + iv):
+        code |= (x > 0).to(torch.int64) << k
+    for pattern in torch.unique(code).tolist():
+        if pattern == 0:
+            continue
+        at = code == pattern
+        mine = [k for k in range(len(us)) if pattern >> k & 1]
+        theirs = [k for k in range(len(vs)) if pattern >> (len(us) + k) & 1]
+        if not _region(at, mine, theirs, iu, iv, signs_u, signs_v, m):
+            return None
+    return m
+
+
+def _region(
+    at: Tensor,
+    mine: list[int],
+    theirs: list[int],
+    iu: list[Tensor],
+    iv: list[Tensor],
+    su: list[float],
+    sv: list[float],
+    m: Match,
+) -> bool:
+    """One set of elements in which the same weights stand on both sides."""
+    u = {k: iu[k][at] for k in mine}
+    v = {k: iv[k][at] for k in theirs}
+    forward = {
+        (i, j): f
+        for i in mine
+        for j in theirs
+        if math.isclose(su[i], sv[j], rel_tol=1e-9) and (f := function(u[i], v[j])) is not None
+    }
+    taken: dict[int, list[int]] = {i: [] for i in mine}
+    left = set(theirs)
+    both = {
+        (i, j): _likeness(f) for (i, j), f in forward.items() if len(torch.unique(f[1])) == len(f[1])
+    }  # one to one
+    while both:  # the likeliest pair first
+        (i, j) = max(both, key=lambda p: (both[p], -p[0], -p[1]))
+        rivals = [p for p in both if p != (i, j) and both[p] == both[(i, j)] and (p[0] == i or p[1] == j)]
+        if rivals and len(mine) > 1 and len(theirs) > 1:
+            m.swapped = True
+        taken[i].append(j)
+        left.discard(j)
+        both = {p: s for p, s in both.items() if p[0] != i and p[1] != j}
+    for j in sorted(left):  # addends without a partner go where they fit, the finest weight first
+        hosts = [i for i in mine if (i, j) in forward]
+        if not hosts:
+            m.missing += 1
+            m.penalty += 4.0
+            continue
+        host = max(hosts, key=lambda i: (len(forward[i, j][0]), -i))
+        taken[host].append(j)
+        m.penalty += 1.0
+    for i in mine:
+        if not taken[i]:
+            m.assignments.append(Assignment(torch.unique(u[i]), []))
+            m.zeros += 1
+            m.penalty += 1.0
+            continue
+        keys = forward[i, taken[i][0]][0]
+        m.assignments.append(Assignment(keys, [forward[i, j][1] for j in taken[i]]))
+    return True
+
+
+def _likeness(f: tuple[Tensor, Tensor]) -> int:
+    """Two weights that recur in one pattern are likelier a pair where their numbers run in step."""
+    keys, vals = f
+    if len(keys) < 2:
+        return 1
+    dk, dv = keys[1:] - keys[:-1], vals[1:] - vals[:-1]
+    return 2 if bool((dk == dv).all()) else int(float((dk == dv).float().mean()) > 0.5)
