@@ -256,8 +256,8 @@ def _unknown(reference: Reference, entries: Mapping[str, Entry]) -> ZooError:
     name, dot, tag = reference.body.partition(".")
     if dot and name in entries:
         tags = list(entries[name].tags)
-        hint = did_you_mean(reference.body, [f"{name}.{known}" for known in tags])
-        hint = hint or (f"its tags are {', '.join(tags)}" if tags else f"{name} has no tags")
+        near = did_you_mean(tag, tags)
+        hint = f"{near} its tags are {', '.join(tags)}".strip() if tags else f"{name} has no tags"
         return ZooError(f'{name} has no tag "{tag}"', kind="unknown", hint=hint)
     spellings = [*entries, *(f"{entry.name}-{part.name}" for entry in entries.values() for part in entry.parts)]
     near = did_you_mean(reference.body, spellings) or did_you_mean(name, list(entries))

@@ -64,10 +64,14 @@ def close_matches(word: str, known: list[str], *, most: int = 3) -> list[str]:
     folded: dict[str, str] = {}
     for name in known:
         folded.setdefault(name.lower(), name)
-    return [folded[found] for found in get_close_matches(word.lower(), list(folded), n=most, cutoff=0.6)]
+    for cutoff in (0.9, 0.6):  # where one is all but equal, the merely similar are noise
+        found = get_close_matches(word.lower(), list(folded), n=most, cutoff=cutoff)
+        if found:
+            return [folded[name] for name in found]
+    return []
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`did you mean "bert" or "roberta"?`, or an empty string when nothing is like it."""
+    """`did you mean bert or roberta?`, or an empty string when nothing is like it."""
     found = close_matches(word, known)
     return f"did you mean {' or '.join(found)}?" if found else ""

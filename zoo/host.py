@@ -195,15 +195,15 @@ class Host:
             if manager is None or hook not in plugin.hooks:
                 continue
 
-            def work(manager: pluggy.PluginManager = manager) -> list[Any]:
-                results = getattr(manager.hook, hook)(**arguments)
-                flat: list[Any] = []
-                for result in results:
-                    # Consumed in here: a generator raises only when it is run.
-                    flat.extend([result] if isinstance(result, (Entry, str)) else result)
-                return flat
+            flat: list[Any] = []
 
-            for given in self._guarded(plugin, hook, work) or ():
+            def work(manager: pluggy.PluginManager = manager, flat: list[Any] = flat) -> None:
+                for result in getattr(manager.hook, hook)(**arguments):
+                    # Consumed in here: a generator raises only when it is run. What it gave until then counts.
+                    flat.extend([result] if isinstance(result, (Entry, str)) else result)
+
+            self._guarded(plugin, hook, work)
+            for given in flat:
                 if isinstance(given, kind):
                     yield plugin, given
                 else:
@@ -290,8 +290,8 @@ class Host:
         name = f"{reference.scheme}:{reference.body}"
         for entry in self.entries():
             if any(known.kind == source.kind and known.location == source.location for known in _sources(entry)):
-                return replace(entry, name=name, tags={"": (source,)}, default_tag="")
-        return Entry(name, tags={"": (source,)})
+                return replace(entry, name=name, tags={"default": (source,)}, default_tag="default")
+        return Entry(name, tags={"default": (source,)}, default_tag="default")
 
     def recognise(self, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> list[Recognition]:
         """What an unlabelled checkpoint could be, best evidence first; equal ones all stand at the top."""
@@ -354,8 +354,9 @@ def _sources(entry: Entry) -> Iterable[Source]:
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__
 
 
 def module_name(plugin: Plugin) -> str:

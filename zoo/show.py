@@ -105,9 +105,9 @@ def _runs(blocks: list[Node]) -> list[Node]:
 
 def _joined(node: Node) -> Node:
     """`layer` with the one child `{0..5}` reads better as `layer.{0..5}`."""
-    if node.tensor is None and len(node.children) == 1 and node.times == 1:
+    if node.tensor is None and len(node.children) == 1:
         child = node.children[0]
-        return Node(f"{node.name}.{child.name}", child.children, child.tensor, child.times)
+        return Node(f"{node.name}.{child.name}", child.children, child.tensor, node.times * child.times)
     return node
 
 
