@@ -30,7 +30,7 @@ _WORD = re.compile(r"(?:[A-Za-z0-9_.:/-]|\{[A-Za-z0-9_*+-]*\})+")
 _NUMBER = re.compile(r"[+-]?(?:inf|\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![A-Za-z0-9_.:/{}-])", re.ASCII)
 _KEYWORD = re.compile(r"([A-Za-z_]\w*)\s*=\s*", re.ASCII)
 _SPACE = re.compile(r"\s*")
-_INDEX = re.compile(r"\{(?:(\d+)\*)?([A-Za-z_]\w*)([+-]\d+)?\}", re.ASCII)
+_INDEX = re.compile(r"\{(?:(\d{1,9})\*)?([A-Za-z_]\w*)([+-]\d{1,9})?\}", re.ASCII)
 _DEEPEST = 64  # nesting that no plan needs and the interpreter's stack still bears
 
 
@@ -177,6 +177,8 @@ class _Parser:
         found = _NUMBER.match(self.text, self.at)
         if found is None:
             raise self.error(f'{name}: a number, a list such as (2, 3) or a text such as "F32" is expected here')
+        if len(found[0]) > 40:
+            raise self.error(f"{name}: a number of {len(found[0])} characters")
         self.at = found.end()
         return int(found[0]) if re.fullmatch(r"[+-]?\d+", found[0]) else float(found[0])
 

@@ -121,7 +121,7 @@ def _head(name: str) -> str | None:
     found = indices(name)
     if not found:
         return None
-    end = re.search(r"\{(?:\d+\*)?" + found[0] + r"(?:[+-]\d+)?\}", name, re.ASCII)
+    end = re.search(r"\{(?:\d{1,9}\*)?" + found[0] + r"(?:[+-]\d{1,9})?\}", name, re.ASCII)
     assert end is not None
     return name[: end.end()]
 

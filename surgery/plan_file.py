@@ -298,7 +298,7 @@ def loads(text: str) -> Plan:
     """The plan that the text holds."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and what tomllib lets through of ints and depth
         hint = "Names and expressions stand in double quotes; a name that holds quotes in single ones."
         raise PlanError(f"not TOML: {error}", hint=hint) from None
     return _plan(document, "")
@@ -433,6 +433,11 @@ class _Reader:
                     if loose and self.folds:
                         raise PlanError(f"the target name has no {{{loose[0]}}}, so it stands for no number here")
                 found[name] = substitute(parsed[line], numbers) if numbers else parsed[line]
+                if numbers and (odd := re.search(r"\{[^{}]*\}", " ".join(names(found[name])))):
+                    raise PlanError(
+                        f"{odd[0]} does not read as an index",
+                        hint="An index is written {i}, {i+1}, {2*i} or {2*i-1}.",
+                    )
             except PlanError as error:
                 raise PlanError(f"{self.where(section, line)}: {error}", hint=error.hint) from None
         return found

@@ -112,6 +112,7 @@ def test_indices_are_filled_in_and_reckoned() -> None:
         ("permute(a, dims=(1, 0)", "the parenthesis that permute opens is not closed"),
         ("permute(a, dims=(1, 0", "the list of dims is not closed"),
         ("permute(a, dims=(1, 0.5))", "a list holds whole numbers, not 0.5"),
+        ("cat(a, axis=" + "1" * 5000 + ")", "a number of 5000 characters"),
         ("cat(a; b)", "a comma or a closing parenthesis"),
         ('"abc', "the quoted text does not read"),
         ("cat(a, é)", "is expected here, not 'é'"),
