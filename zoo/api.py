@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,19 @@ if TYPE_CHECKING:
 def host() -> Host:
     """The host of this process, with the plugins that are installed."""
     return Host()
+
+
+@contextmanager
+def needs(extra: str | None) -> Iterator[None]:
+    """Around a call into an entry's `load` or `probe`: a library that is missing becomes the `pip install` it takes."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise ZooError(
+            f"this runs {error.name}, which is not installed", kind="extra", hint=f'pip install "weightzoo[{extra}]"'
+        ) from error
 
 
 def make_hub(of: Host | None = None, *, quiet: bool = True) -> Hub:

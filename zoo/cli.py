@@ -17,12 +17,15 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.errors import NO, USAGE
 from zoo.out import Out
+
+if TYPE_CHECKING:
+    from zoo.host import Host
 
 # name: (where it lives, what `zoo --help` says of it)
 COMMANDS = {
@@ -73,6 +76,18 @@ def command(name: str, help: str, **settings: Any) -> Callable[[Callable[..., An
         return click.command(name, help=help, context_settings=CONTEXT, **settings)(common(function))
 
     return make
+
+
+def host_for(out: Out) -> Host:
+    """The host of a command: faults of plugins go to its stderr, with the traceback where -v asks for it."""
+    from zoo.host import Host
+
+    host = Host(warn=out.warn)
+    if out.verbose:
+        for plugin in host.plugins:
+            for problem in plugin.problems:
+                out.warn(f"plugin {plugin}: {problem.traceback or problem.what}".rstrip())
+    return host
 
 
 class _Lazy(click.Group):

@@ -7,25 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli import command
+from zoo.cli import command, host_for
 from zoo.errors import ZooError
-from zoo.host import Host
 from zoo.out import Out, size, table
 
 if TYPE_CHECKING:
     from surgery import TensorInfo
     from zoo.entry import Entry, Pick
+    from zoo.host import Host
     from zoo.sources import Located
-
-
-def host_for(out: Out) -> Host:
-    """The host of a command: faults of plugins go to its stderr, with the traceback where -v asks for it."""
-    host = Host(warn=out.warn)
-    if out.verbose:
-        for plugin in host.plugins:
-            for problem in plugin.problems:
-                out.warn(f"plugin {plugin}: {problem.traceback or problem.what}".rstrip())
-    return host
 
 
 # ---------------------------------------------------------------------------------------------------- list

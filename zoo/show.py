@@ -185,7 +185,10 @@ def render(found: list[Section]) -> str:
         if section.name:
             also = f" (with {' and '.join(section.shared)})" if section.shared else ""
             lines.append((section.name + also, "", amount(section.parameters)))
-        lines += _lines(section.nodes, "  " if section.name else "")
+        nodes = section.nodes
+        if len(nodes) == 1 and nodes[0].name == section.name and nodes[0].tensor is None:
+            nodes = nodes[0].children  # the part's line has said this name
+        lines += _lines(nodes, "  " if section.name else "")
     left = max((len(line[0]) for line in lines), default=0)
     middle = max((len(line[1]) for line in lines), default=0)
     return "\n".join(f"{name:{left}}  {what:{middle}}  {count}".rstrip() for name, what, count in lines)

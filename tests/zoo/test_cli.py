@@ -299,3 +299,14 @@ print(len(zoo.open("minilm", part="encoder")), [entry.name for entry in zoo.entr
 """
     done = zoo.python(code)
     assert done.out == ("['pooler.dense.bias', 'pooler.dense.weight'] (384, 384) model.safetensors minilm\n102 bert\n")
+
+
+def test_a_missing_library_is_an_extra() -> None:
+    from zoo.api import needs
+
+    with pytest.raises(package.ZooError) as caught, needs("text"):
+        import no_such_library
+    assert (str(caught.value), caught.value.status) == ("this runs no_such_library, which is not installed", 2)
+    assert caught.value.hint == 'pip install "weightzoo[text]"'
+    with pytest.raises(ModuleNotFoundError), needs(None):
+        import no_such_library  # noqa: F401
