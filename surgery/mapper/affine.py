@@ -75,7 +75,9 @@ class Site:
             if transposed or groups != 1 or dims not in (1, 2):
                 return None
             x, kernel = self.x, list(self.w.shape[2:])
-            stride, padding, dilation = (list(g) * dims if len(g) == 1 else list(g) for g in (stride, padding, dilation))
+            stride, padding, dilation = (
+                list(g) * dims if len(g) == 1 else list(g) for g in (stride, padding, dilation)
+            )
             if dims == 1:
                 x, kernel = x.unsqueeze(2), [1, *kernel]
                 stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
@@ -110,7 +112,11 @@ class Term:
         new = Term(self.kind, self.coef, self.value, self.ids, self.site, self.row, self.col, self.vid)
         for name in self.tensors():
             setattr(new, name, f(getattr(self, name)))
-        if self.kind in ("known", "scale") and new.value is not None and new.value.shape != (self.value.shape if self.value is not None else ()):
+        if (
+            self.kind in ("known", "scale")
+            and new.value is not None
+            and new.value.shape != (self.value.shape if self.value is not None else ())
+        ):
             new.vid = self.vid
         return new
 
@@ -165,13 +171,19 @@ class Affine:
             return "barrier"
         if name in LAYOUT or name == "overlay":
             if name in ("index", "gather", "index_select"):
-                return "layout" if not (name == "index" and any(values[r.vid].weights for r in _refs(node.args[1:]))) else "barrier"
+                return (
+                    "layout"
+                    if not (name == "index" and any(values[r.vid].weights for r in _refs(node.args[1:])))
+                    else "barrier"
+                )
             return "layout"
         if name == "constant_pad_nd" and (len(node.args) < 3 or node.args[2] == 0):
             return "layout"
         if name in ("add", "sub"):
             if len(floats) == 1 and self.weight_only(floats[0]):
-                other = node.args[1] if isinstance(node.args[0], Ref) and node.args[0].vid == floats[0] else node.args[0]
+                other = (
+                    node.args[1] if isinstance(node.args[0], Ref) and node.args[0].vid == floats[0] else node.args[0]
+                )
                 if not isinstance(other, Ref) or not values[other.vid].data:
                     return "virtual"
             return "sum"
@@ -245,9 +257,7 @@ class Affine:
         v = self.tape.values[vid]
         if v.origin == "param":
             out = self.param_terms(vid)
-        elif v.origin != "node" or not v.weights:
-            out = self._need(vid)
-        elif self.cut and not root and v.data and self.is_end(vid):
+        elif v.origin != "node" or not v.weights or (self.cut and not root and v.data and self.is_end(vid)):
             out = self._need(vid)
         elif not self.cut and (k := self.known(vid)) is not None:
             out = [Term("known", 1.0, value=k, vid=vid)]
@@ -267,7 +277,10 @@ class Affine:
 
     def is_end(self, vid: int) -> bool:
         """A non-linear operation consumes it, or it is an output."""
-        return any(self.kind(self.tape.nodes[c]) in ("barrier", "scale") or self._as_rows(c, vid) for c in self.tape.consumers[vid])
+        return any(
+            self.kind(self.tape.nodes[c]) in ("barrier", "scale") or self._as_rows(c, vid)
+            for c in self.tape.consumers[vid]
+        )
 
     def _as_rows(self, consumer: int, vid: int) -> bool:
         """Is it the known factor of a product?"""

@@ -17,7 +17,8 @@ from surgery.mapper.record import Node, Ref
 from surgery.mapper.unify import Assignment
 
 if TYPE_CHECKING:
-    from surgery.mapper.search import Hypothesis, Reference
+    from surgery.mapper.hypothesis import Hypothesis
+    from surgery.mapper.reference import Reference
 
 INVERSE = {
     "exp": ("log", {}),
@@ -27,7 +28,6 @@ INVERSE = {
     "sqrt": ("square", {}),
     "rsqrt": ("rsqrt_inverse", {}),
 }
-NEAR = {("mul", "div"): None}
 
 
 def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
@@ -157,7 +157,9 @@ def _inverted(h: Hypothesis, u: Virtual, at: Tensor, numbers: Tensor) -> bool:
         full = torch.empty(math.prod(shape), dtype=torch.int64)
         full[at] = numbers
         gain = ref.derive("norm_except", {"dim": dim}, full.reshape(shape))
-        return _pair(h, h.weight_matrix(v).reshape(-1), full) and _pair(h, h.weight_matrix(g).reshape(-1), gain.reshape(-1))
+        return _pair(h, h.weight_matrix(v).reshape(-1), full) and _pair(
+            h, h.weight_matrix(g).reshape(-1), gain.reshape(-1)
+        )
     if len(args) != 1:
         return False
     ids = h.weight_matrix(args[0])

@@ -337,7 +337,10 @@ class Recorder(TorchDispatchMode):
             return x
 
         low_args, low_kwargs = tree_map(twin.lift, args), tree_map(twin.lift, kwargs)
-        rargs, rkwargs = tree_map(ref, args), tree_map(ref, tree_map(lambda d: d if isinstance(d, Tensor) else twin.lift(d), kwargs))
+        rargs, rkwargs = (
+            tree_map(ref, args),
+            tree_map(ref, tree_map(lambda d: d if isinstance(d, Tensor) else twin.lift(d), kwargs)),
+        )
         rargs = tree_map(lambda d: twin.lift(d) if isinstance(d, torch.dtype) else d, rargs)
         out = op(*low_args, **low_kwargs)
         index = len(self.tape.nodes)
@@ -393,7 +396,9 @@ class Recorder(TorchDispatchMode):
                 kwargs = {k: v for k, v in kwargs.items() if k != "out"}
             else:
                 raise NotRecordable(f"{func} writes in place in a way that has no functional form")
-        overload = _out_free(packet, func) if name == "out" else getattr(packet, func._overloadname, None) or packet.default
+        overload = (
+            _out_free(packet, func) if name == "out" else getattr(packet, func._overloadname, None) or packet.default
+        )
         if torch.Tag.inplace_view in func.tags:  # only the strides change, no value does
             vid = self.vid(self.call(overload, *args, **kwargs))
             func(*args, **kwargs)

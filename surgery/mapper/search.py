@@ -8,408 +8,24 @@ values no longer occur in the reference, while another's do, is set aside; it is
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from surgery import twin
-from surgery.mapper.affine import Affine, NotAffine, Term, base
-from surgery.mapper.record import SYNC, Fingerprint, FingerprintIndex, Node, Ref, Tape, Value, fingerprint, overlay
-from surgery.mapper.unify import Assignment, Match, live, match_sites, present_rows, unify
+from surgery.mapper.affine import NotAffine, Term
+from surgery.mapper.hypothesis import Choice, Hypothesis
+from surgery.mapper.record import SYNC, Node, Tape, fingerprint
+from surgery.mapper.reference import Reference
+from surgery.mapper.unify import Match, live, match_sites, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed
 aten = torch.ops.aten
-
-
-def _norm_except(v: Tensor, dim: int) -> Tensor:
-    return v.norm(2) if dim == -1 else v.norm(2, [d for d in range(v.ndim) if d != dim % v.ndim], keepdim=True)
-
-
-DERIVE: dict[str, Callable[..., Tensor]] = {
-    "log": torch.log,
-    "exp": torch.exp,
-    "neg": torch.neg,
-    "reciprocal": torch.reciprocal,
-    "square": torch.square,
-    "rsqrt_inverse": lambda t: t.square().reciprocal(),
-    "shift": lambda t, by: t + by,
-    "norm_except": _norm_except,
-}
-
-
-@dataclass
-class Derived:
-    """Source values computed by a rule, numbered like source elements."""
-
-    offset: int
-    size: int
-    fn: str
-    params: dict[str, Any]
-    numbers: Tensor
-    shape: tuple[int, ...]
-    value: Tensor
-
-
-class Reference(Affine):
-    """The reference's tape: every value is known, and every weight has its number."""
-
-    def __init__(self, tape: Tape) -> None:
-        super().__init__(tape, cut=True)
-        values = tape.values
-        self.index = FingerprintIndex((i, v.fingerprint) for i, v in enumerate(values))
-        self.products: list[int] = []
-        self.scales: list[int] = []
-        self.pure: list[int] = []
-        self.derived: list[Derived] = []
-        for i, node in enumerate(tape.nodes):
-            kind = self.kind(node)
-            if kind == "product":
-                self.products.append(i)
-            elif kind == "scale":
-                self.scales.append(i)
-        self._pure()
-        self._source: dict[int, Tensor] = {}
-
-    def known(self, vid: int) -> Tensor | None:
-        t = self.tape.values[vid].tensor
-        return None if t is None else t.to(torch.float64) if t.is_floating_point() else t
-
-    def _pure(self) -> None:
-        """Values that are sums of weights alone (embeddings, class tokens): what a product cannot lead to."""
-        pure = {v for v in self.tape.params.values()}
-        for node in self.tape.nodes:
-            if self.kind(node) in ("layout", "sum"):
-                floats = [v for v in node.inputs if self.tape.values[v].dtype.is_floating_point]
-                if floats and all(v in pure for v in floats):
-                    pure.update(o for o in node.outs if o >= 0)
-        outputs = set(self.tape.outputs())
-        for v in sorted(pure):
-            if self.tape.values[v].origin == "node" and (self.is_end(v) or v in outputs or self._leaves(v, pure)):
-                self.pure.append(v)
-
-    def _leaves(self, vid: int, pure: set[int]) -> bool:
-        return any(o not in pure for c in self.tape.consumers[vid] for o in self.tape.nodes[c].outs if o >= 0)
-
-    def closure(self, vids: list[int], limit: int = 48) -> list[int]:
-        """Values that are these, moved or added to: ends first."""
-        seen, queue = dict.fromkeys(vids), list(vids)
-        while queue and len(seen) < limit:
-            vid = queue.pop(0)
-            for c in self.tape.consumers[vid]:
-                if self.kind(self.tape.nodes[c]) in ("layout", "sum"):
-                    for o in self.tape.nodes[c].outs:
-                        if o >= 0 and o not in seen:
-                            seen[o] = None
-                            queue.append(o)
-        outputs = set(self.tape.outputs())
-        return sorted(seen, key=lambda v: (not (self.is_end(v) or v in outputs), v))
-
-    def values_of(self, numbers: Tensor) -> Tensor:
-        """The values of weight elements, in float64; 0 where the number is 0."""
-        out = torch.zeros(numbers.shape, dtype=torch.float64)
-        flat, dest = numbers.reshape(-1), out.reshape(-1)
-        lo, hi = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
-        n = flat.numel()
-        spans = [(first, size, self.tape.params[name]) for first, size, name in self.names]
-        spans += [(u.offset, u.size, -1 - k) for k, u in enumerate(self.virtual.values())]
-        spans += [(d.offset, d.size, -(1 << 20) - k) for k, d in enumerate(self.derived)]
-        for first, size, vid in spans:
-            if first > hi or first + size <= lo:
-                continue
-            src = self._flat(vid)
-            if lo >= first and hi < first + size:
-                if n == size and lo == first and bool((flat[1:] - flat[:-1] == 1).all()):
-                    return src.reshape(numbers.shape).clone()
-                return src[flat - first].reshape(numbers.shape)
-            here = (flat >= first) & (flat < first + size)
-            dest[here] = src[flat[here] - first]
-        return out
-
-    def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:
-        """Numbers for fn(these elements): source values that a target weight needs and no source tensor holds."""
-        value = DERIVE[fn](self.values_of(numbers.to(torch.int64)), **params)
-        d = Derived(self.next, value.numel(), fn, params, numbers, tuple(value.shape), value)
-        self.derived.append(d)
-        self.next += d.size
-        return torch.arange(d.offset, d.offset + d.size).reshape(value.shape)
-
-    def _flat(self, vid: int) -> Tensor:
-        if vid <= -(1 << 20):
-            return self.derived[-vid - (1 << 20)].value.reshape(-1)
-        if vid < 0:
-            u = list(self.virtual.values())[-1 - vid]
-            t = self.known(u.vid)
-            assert t is not None
-            return (t.reciprocal() if u.how else t).reshape(-1)
-        found = self._source.get(vid)
-        if found is None:
-            t = self.tape.values[vid].tensor
-            assert t is not None
-            found = t.reshape(-1).to(torch.float64)
-        return found
-
-
-@dataclass
-class Bound:
-    """What is settled of one target tensor: for each element the source number (0 open, -1 zero), and further addends."""
-
-    ids: Tensor
-    more: list[Tensor] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return bool((self.ids != 0).all())
-
-
-@dataclass
-class Choice:
-    """A decision, for the person who asks why."""
-
-    weights: tuple[str, ...]
-    sources: tuple[str, ...]
-    of: int  # how many ways there were
-    module: str
-
-
-class Hypothesis(Affine):
-    """The target's tape with some weights settled."""
-
-    def __init__(self, tape: Tape, reference: Reference, constants: dict[str, Tensor], maybe: set[str]) -> None:
-        super().__init__(tape, cut=False)
-        self.reference = reference
-        self.env: dict[int, Tensor] = {}
-        self.bound: dict[str, Bound] = {}
-        self.constant: dict[str, Tensor] = {}  # buffers that keep their own value
-        self.own = constants  # values of the target's own tensors, for those that may be constants
-        self.maybe = maybe
-        self.used: set[int] = set()  # source elements (the first of each assignment) that have found their place
-        self.tainted: set[int] = set()
-        self.at = 0
-        self.score = 0.0
-        self.hits = 0
-        self.misses = 0
-        self.swapped = False
-        self.choices: list[Choice] = []
-        self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
-        self.supported = False
-        self.last: list[bool | None] = []
-        self.where: dict[int, int] = {}  # target value -> reference value that it was found equal to
-        self.stuck = ""
-        self.version = 0
-        self.unknown: dict[int, int] = {}
-        for vid, v in enumerate(tape.values):
-            if v.origin in ("input", "const") and v.tensor is not None:
-                self.env[vid] = v.tensor
-
-    def fork(self) -> Hypothesis:
-        new = copy.copy(self)
-        for name in ("env", "bound", "constant", "template", "where", "virtual", "unknown"):
-            setattr(new, name, dict(getattr(self, name)))
-        new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
-        return new
-
-    # -- values -------------------------------------------------------------------------------------------------------
-    def terms(self, vid: int, root: bool = True) -> list[Term]:
-        self.memo.clear()
-        return super().terms(vid, root)
-
-    def known(self, vid: int) -> Tensor | None:
-        if vid in self.env:
-            return self.env[vid]
-        if vid in self.tainted:
-            return None
-        v = self.tape.values[vid]
-        if v.origin == "param":
-            value = self.value_of(v.name, v.shape)
-            if value is not None:
-                self.env[vid] = value
-            return value
-        if v.origin != "node" or self.unknown.get(vid) == self.version:
-            return None
-        node = self.tape.nodes[v.node]
-        if all(self.known(i) is not None for i in node.inputs):
-            self.compute(node)
-            return self.env.get(vid)
-        if self.kind(node) in ("layout", "sum") and (value := self._partly(vid)) is not None:
-            self.env[vid] = value
-            return value
-        self.unknown[vid] = self.version
-        return None
-
-    def _partly(self, vid: int) -> Tensor | None:
-        """A value that meets only the settled elements of a tensor that is settled in part (rows of a table)."""
-        self.unknown[vid] = self.version  # the terms ask for what is known, and must not come back here
-        try:
-            terms = self.terms(vid)
-        except NotAffine:
-            return None
-        if not all(t.kind == "known" and t.value is not None for t in terms):
-            return None
-        total = torch.zeros(self.tape.values[vid].shape, dtype=torch.float64)
-        for t in terms:
-            total = total + t.coef * t.value  # type: ignore[operator]
-        return total
-
-    def value_of(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        if name in self.constant:
-            return self.constant[name]
-        b = self.bound.get(name)
-        if b is None or not b.full:
-            return None
-        return self._gather(b).reshape(shape)
-
-    def _gather(self, b: Bound) -> Tensor:
-        out = self.reference.values_of(b.ids.clamp_min(0).to(torch.int64))
-        for extra in b.more:
-            out = out + self.reference.values_of(extra.to(torch.int64))
-        return out
-
-    def param_terms(self, vid: int) -> list[Term]:
-        v = self.tape.values[vid]
-        b = self.bound.get(v.name)
-        numbers = self.weight_numbers(vid)
-        if b is None:
-            return [Term("weight", 1.0, ids=numbers)]
-        open_ = (b.ids == 0).reshape(v.shape)
-        out = [Term("weight", 1.0, ids=torch.where(open_, numbers, 0.0))]
-        part = torch.where(open_, 0.0, self._gather(b).reshape(v.shape))
-        out.append(Term("known", 1.0, value=part, vid=vid))
-        return out
-
-    def _settled(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(values in float64, is it settled?) of weight elements; what is no weight counts as settled, and zero."""
-        flat = numbers.reshape(-1).to(torch.int64)
-        value, done = torch.zeros(len(flat), dtype=torch.float64), flat == 0
-        lo, hi = int(flat.min()), int(flat.max())
-        for first, size, name in self.names:
-            b = self.bound.get(name)
-            if b is None or first > hi or first + size <= lo:
-                continue
-            here = (flat >= first) & (flat < first + size)
-            at = flat[here] - first
-            part = Bound(b.ids[at], [m[at] for m in b.more])
-            value[here] = self._gather(part)
-            done[here] = part.ids != 0
-        return value.reshape(numbers.shape), done.reshape(numbers.shape)
-
-    def _product(self, node: Node, index: int, shape: tuple[int, ...]) -> list[Term]:
-        """A product whose matrix is settled in some columns is known there."""
-        out = []
-        for t in super()._product(node, index, shape):
-            assert t.site is not None and t.row is not None and t.col is not None
-            value, done = self._settled(t.site.w)
-            column = done.flatten(1).all(1) if t.site.conv else done.all(0)
-            if not bool(column.any()):
-                out.append(t)
-                continue
-            settled = torch.cat([torch.zeros(1, dtype=torch.bool), column])[t.col.to(torch.int64)]
-            if t.site.conv:
-                y = aten.convolution.default(t.site.x, value, None, *(list(g) if isinstance(g, tuple) else g for g in t.site.geometry))
-            else:
-                table = t.site.x @ torch.where(column, value, 0.0)
-                y = table[(t.row.to(torch.int64) - 1).clamp_min(0), (t.col.to(torch.int64) - 1).clamp_min(0)]
-            here = settled & (t.row > 0)
-            out.append(Term("known", t.coef, value=torch.where(here, y, 0.0)))
-            if not bool(column.all()):
-                out.append(Term("product", t.coef, site=t.site, row=torch.where(settled, 0.0, t.row), col=torch.where(settled, 0.0, t.col)))
-        return out
-
-    def weight_matrix(self, vid: int) -> Tensor:
-        """A product's matrix that is settled in part: its open elements only are asked for with the others (a tied table)."""
-        try:
-            terms = super().terms(vid, root=False)
-        except NotAffine:
-            return super().weight_matrix(vid)
-        if any(t.kind == "known" for t in terms):
-            saved = self.bound
-            self.bound = {}
-            kept = {v: self.env.pop(v) for v in list(self.env) if self.weight_only(v)}
-            try:
-                return super().weight_matrix(vid)
-            finally:
-                self.bound = saved
-                self.env.update(kept)
-        return super().weight_matrix(vid)
-
-    def compute(self, node: Node) -> None:
-        out = self.run(node, {})
-        for vid, t in zip(node.outs, out if isinstance(out, (tuple, list)) else (out,), strict=False):
-            if vid >= 0 and isinstance(t, Tensor):
-                self.env[vid] = t
-
-    def taint(self, node: Node) -> None:
-        self.tainted.update(o for o in node.outs if o >= 0)
-
-    # -- settling weights ---------------------------------------------------------------------------------------------
-    def settle(self, assignments: list[Assignment]) -> bool:
-        """Write assignments down. False where one contradicts what is settled."""
-        for a in assignments:
-            if a.target.numel() == 0:
-                continue
-            lo, hi = int(a.target.min()), int(a.target.max())
-            spans = [(first, size, name) for first, size, name in self.names if first <= hi and first + size > lo]
-            for first, size, name in spans:
-                here = (a.target >= first) & (a.target < first + size)
-                if bool(here.any()) and not self._write(name, size, a.target[here] - first, [s[here] for s in a.sources]):
-                    return False
-            if hi >= self.real_end:
-                for key, u in list(self.virtual.items()):
-                    here = (a.target >= u.offset) & (a.target < u.offset + u.size)
-                    if bool(here.any()) and not self._solve(key, a.target[here] - u.offset, [s[here] for s in a.sources]):
-                        return False
-        return True
-
-    def _write(self, name: str, size: int, at: Tensor, sources: list[Tensor]) -> bool:
-        b = self.bound.get(name)
-        new = sources[0].to(torch.int64) if sources else torch.full_like(at, -1)
-        new = torch.where(new == 0, -1, new)
-        ids = torch.zeros(size, dtype=torch.int64) if b is None else b.ids.clone()
-        old = ids[at]
-        if bool(((old != 0) & (old != new)).any()):
-            return False
-        ids[at] = new
-        more = [] if b is None else [m.clone() for m in b.more]
-        for k, s in enumerate(sources[1:]):
-            while len(more) <= k:
-                more.append(torch.zeros(size, dtype=torch.int64))
-            more[k][at] = s.to(torch.int64)
-        self.bound[name] = Bound(ids, more)
-        self.version += 1
-        return True
-
-    def _solve(self, key: tuple[int, str], at: Tensor, sources: list[Tensor]) -> bool:
-        """A computed weight (weight norm, exp ...) must equal given source elements: settle what it is computed from."""
-        from surgery.mapper.invert import solve
-
-        return solve(self, self.virtual[key], at, sources)
-
-    # -- evidence -----------------------------------------------------------------------------------------------------
-    def look(self, vid: int) -> bool | None:
-        """Does this value occur in the reference? None where it could tell nothing."""
-        if vid in self.tainted:
-            return False
-        v = self.tape.values[vid]
-        t = self.env.get(vid)
-        if t is None or not v.data:
-            return None
-        f = fingerprint(t)
-        if f is None:
-            return None
-        found = self.reference.index.find(f)
-        if found:
-            self.where[vid] = found[0]
-            self.hits += 1
-        else:
-            self.misses += 1
-        return bool(found)
 
 
 Prior = Callable[[str, str], float]
@@ -480,7 +96,9 @@ class Search:
 
     def _step(self, h: Hypothesis) -> list[Hypothesis]:
         node = h.tape.nodes[h.at]
-        floats = [v for v in node.inputs if h.tape.values[v].dtype.is_floating_point or h.tape.values[v].dtype.is_complex]
+        floats = [
+            v for v in node.inputs if h.tape.values[v].dtype.is_floating_point or h.tape.values[v].dtype.is_complex
+        ]
         if not any(h.tape.values[o].data for o in node.outs if o >= 0) and node.op != "sync" and node.op not in SYNC:
             h.at += 1
             return [h]
@@ -639,7 +257,9 @@ class Search:
                     names.add(h.owner(n)[1])
         return names - {""}
 
-    def _unified(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int) -> list[tuple[Match, float, int]]:
+    def _unified(
+        self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int
+    ) -> list[tuple[Match, float, int]]:
         ref = self.reference
         found: list[tuple[Match, float, int]] = []
         seen: set[tuple[Any, ...]] = set()
@@ -760,6 +380,3 @@ def _key(m: Match) -> tuple[Any, ...]:
         w = torch.arange(1, a.target.numel() + 1, dtype=torch.float64)
         parts.append((float((a.target * w).sum()), tuple(float((s * w).sum()) for s in a.sources)))
     return tuple(sorted(parts))
-
-
-__all__ = ["Bound", "Choice", "Hypothesis", "Reference", "Search", "Fingerprint", "Value", "base", "overlay", "tree_map", "Ref"]

@@ -254,9 +254,7 @@ def present_rows(t: Term) -> Tensor:
     return rows[rows > 0] - 1
 
 
-def unify(
-    target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]
-) -> list[Match]:
+def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]) -> list[Match]:
     """All the ways in which the target's sum can be made equal to the reference's."""
     tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
     ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
@@ -466,9 +464,7 @@ def _region(
     }
     taken: dict[int, list[int]] = {i: [] for i in mine}
     left = set(theirs)
-    both = {
-        (i, j): _likeness(f) for (i, j), f in forward.items() if len(torch.unique(f[1])) == len(f[1])
-    }  # one to one
+    both = {(i, j): _likeness(f) for (i, j), f in forward.items() if len(torch.unique(f[1])) == len(f[1])}  # one to one
     while both:  # the likeliest pair first
         (i, j) = max(both, key=lambda p: (both[p], -p[0], -p[1]))
         rivals = [p for p in both if p != (i, j) and both[p] == both[(i, j)] and (p[0] == i or p[1] == j)]
