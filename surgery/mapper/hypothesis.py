@@ -61,7 +61,8 @@ class Hypothesis(Affine):
         self.supported = False
         self.last: list[bool | None] = []
         self.where: dict[int, int] = {}  # target value -> reference value that it was found equal to
-        self.stuck = ""
+        self.stuck = ""  # the first module for whose weights nothing in the reference fits
+        self.parted = ""  # the first module whose input occurs in the reference and whose output does not
         self.version = 0
         self.unknown: dict[int, int] = {}
         for vid, v in enumerate(tape.values):

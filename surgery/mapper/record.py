@@ -480,10 +480,18 @@ def _paths(module: nn.Module, stack: list[str]) -> Iterator[None]:
             h.remove()
 
 
-def record(fn: Callable[[nn.Module, Any], Any], module: nn.Module, x: Any, *, keep: int = 1 << 31) -> Tape:
+def record(
+    fn: Callable[[nn.Module, Any], Any],
+    module: nn.Module,
+    x: Any,
+    *,
+    keep: int = 1 << 31,
+    weights: set[str] | None = None,
+) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
-    `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it.
+    `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it. `weights`: the
+    state-dict names that count as weights (all of them); the others are constants of the program.
     """
     rec = Recorder(keep)
     tape = rec.tape
@@ -496,10 +504,12 @@ def record(fn: Callable[[nn.Module, Any], Any], module: nn.Module, x: Any, *, ke
                 continue
             vid = rec.ids.get(t)
             if vid is None:
-                v = Value(tuple(t.shape), twin.lift(t.dtype), "param", name=name, weights=True)
+                weight = t.is_floating_point() and (weights is None or name in weights)
+                v = Value(tuple(t.shape), twin.lift(t.dtype), "param" if weight else "const", name=name, weights=weight)
                 vid = rec.add(t, v)
-                v.tensor = t.inner if isinstance(t, twin.Lifted) else t.detach()  # as it is stored; not a copy
-            tape.params[name] = int(vid)
+                v.tensor = t.inner if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()  # weights: not a copy
+            if tape.values[vid].origin == "param":
+                tape.params[name] = int(vid)
         for t in tree_iter(x):
             if isinstance(t, Tensor) and t not in rec.ids:
                 vid = rec.add(t, Value(tuple(t.shape), t.dtype, "input", data=True, fingerprint=fingerprint(t)))

@@ -1,0 +1,155 @@
+"""The reference must hold these weights: its live tensors, found by value among the checkpoint's.
+
+A library may rename, fuse, split or transpose on load, so that the names of a running reference are not the file's. Each
+live tensor is linked to an expression over the checkpoint's tensors that gives it bit for bit, up to the cast that loading
+made. One that has no such expression would make every proof one about other weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from surgery.expr import Expr, Name, call
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+
+
+def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
+    """{live state-dict name: expression over the checkpoint}. A live tensor that cannot be linked is left out.
+
+    The search for the rest: equal bytes under another name; the same elements under another shape or order of axes;
+    rows of a larger tensor; several tensors joined along an axis.
+    """
+    live = {n: t.detach() for n, t in reference.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    found: dict[str, Expr] = {}
+    seen: dict[int, str] = {}
+    rest: list[str] = []
+    for name, t in live.items():
+        if id(t) in seen and seen[id(t)] in found:
+            found[name] = found[seen[id(t)]]
+            continue
+        seen[id(t)] = name
+        if name in source and source[name].shape == tuple(t.shape) and _equal(source.read(name), t):
+            found[name] = Name(name)
+        else:
+            rest.append(name)
+    if rest:
+        index = _Index(source)
+        for name in rest:
+            expr = index.find(name, live[name])
+            if expr is not None:
+                found[name] = expr
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a.to(device=b.device, dtype=b.dtype), b))
+
+
+def _sums(t: Tensor) -> tuple[int, float, float]:
+    x = t.detach().to("cpu", torch.float64).reshape(-1)
+    return x.numel(), float(x.sum()), float((x * x).sum())
+
+
+class _Index:
+    """The checkpoint's tensors by what they hold."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+        self.tensors = {n: source.read(n) for n in source}
+        self.by_size: dict[int, list[tuple[str, float, float]]] = {}
+        for n, t in self.tensors.items():
+            size, a, b = _sums(t)
+            self.by_size.setdefault(size, []).append((n, a, b))
+
+    def find(self, name: str, t: Tensor) -> Expr | None:
+        if t.is_meta or t.numel() == 0:
+            return None
+        size, a, b = _sums(t)
+        near = [
+            n for n, x, y in self.by_size.get(size, ()) if abs(x - a) <= 1e-2 * (b * size) ** 0.5 + 1e-6 and _close(y, b)
+        ]
+        for n in sorted(near, key=lambda n: -likeness(n, name)):
+            expr = self._same_elements(n, t)
+            if expr is not None:
+                return expr
+        return self._rows_of(name, t) or self._joined(name, t)
+
+    def _same_elements(self, n: str, t: Tensor) -> Expr | None:
+        s = self.tensors[n]
+        if _equal(s, t):
+            return Name(n)
+        if s.numel() == t.numel() and _equal(s.reshape(t.shape), t):
+            return call("reshape", n, shape=tuple(t.shape))
+        if 2 <= s.ndim <= 4:
+            for p in itertools.permutations(range(s.ndim)):
+                moved = s.permute(p)
+                if p == tuple(range(s.ndim)) or moved.numel() != t.numel():
+                    continue
+                if moved.shape == t.shape and _equal(moved, t):
+                    return call("transpose", n) if s.ndim == 2 else call("permute", n, dims=p)
+                if _equal(moved.reshape(t.shape), t):
+                    return call("reshape", call("permute", n, dims=p), shape=tuple(t.shape))
+        return None
+
+    def _rows_of(self, name: str, t: Tensor) -> Expr | None:
+        """t as consecutive rows of a larger tensor."""
+        if t.ndim == 0:
+            return None
+        for n in sorted(self.tensors, key=lambda n: -likeness(n, name)):
+            s = self.tensors[n]
+            if s.ndim != t.ndim or s.shape[1:] != t.shape[1:] or s.shape[0] <= t.shape[0]:
+                continue
+            at = _first_row(s, t[0])
+            if at is not None and at + len(t) <= len(s) and _equal(s[at : at + len(t)], t):
+                return call("slice", n, axis=0, start=at, stop=at + len(t))
+        return None
+
+    def _joined(self, name: str, t: Tensor) -> Expr | None:
+        """t as several tensors one after another along its first axis (or stacked along a new one)."""
+        if t.ndim == 0:
+            return None
+        parts: list[str] = []
+        at = 0
+        pool: Iterable[str] = [n for n, s in self.tensors.items() if s.ndim == t.ndim and s.shape[1:] == t.shape[1:]]
+        pool = sorted(pool, key=lambda n: -likeness(n, name))
+        while at < len(t):
+            for n in pool:
+                s = self.tensors[n]
+                if n not in parts and 0 < len(s) <= len(t) - at and _equal(s, t[at : at + len(s)]):
+                    parts.append(n)
+                    at += len(s)
+                    break
+            else:
+                break
+        if at == len(t) and len(parts) > 1:
+            return call("cat", *parts, axis=0)
+        stack = [n for n, s in self.tensors.items() if tuple(s.shape) == tuple(t.shape[1:])]
+        rows = []
+        for row in t:
+            hit = next((n for n in stack if n not in rows and _equal(self.tensors[n], row)), None)
+            if hit is None:
+                return None
+            rows.append(hit)
+        return call("cat", *(call("reshape", n, shape=(1, *t.shape[1:])) for n in rows), axis=0) if len(rows) > 1 else None
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-2 * max(abs(a), abs(b), 1e-30)
+
+
+def _first_row(s: Tensor, row: Tensor) -> int | None:
+    eq = (s.to(row.dtype) == row).reshape(len(s), -1).all(1) if row.numel() else torch.zeros(0)
+    hits = torch.nonzero(eq).flatten()
+    return int(hits[0]) if len(hits) else None
+
+
+def likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

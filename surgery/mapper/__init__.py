@@ -1,0 +1,300 @@
+"""The mapper: from a checkpoint and a target to a plan, by names, shapes and what running shows.
+
+    record     what a run shows: a tape of operators
+    affine     values as sums of terms linear in the weights
+    unify      where two sums meet
+    invert     weights computed from weights
+    reference, hypothesis, search    the walk over the target's tape
+    render     from numbered elements to expressions
+    names      words as evidence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import GraftError
+from surgery.plan import Dropped, Plan, Row, Stamp, Status
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from surgery.checkpoint import Checkpoint
+    from surgery.expr import Expr
+    from surgery.mapper.hypothesis import Hypothesis
+    from surgery.probe import Probe
+
+
+def find(
+    source: Checkpoint,
+    target: nn.Module,
+    probe: Probe,
+    *,
+    kept: frozenset[str] = frozenset(),
+    links: Mapping[str, Expr] | None = None,
+) -> Plan:
+    """The plan that makes `target` compute what the probe's reference computes on the search input.
+
+    kept: target names whose values stay as they are (an earlier graft's). Returns a plan without a verdict (the proof gives
+    it), or one that says "refuted" and why in `diagnosis` where no mapping reproduces the reference's outputs. Raises
+    GraftError where the reference does not hold the source's weights, or a side fails to run.
+    """
+    from surgery import twin
+    from surgery.link import link
+    from surgery.mapper import names
+    from surgery.mapper.record import record
+    from surgery.mapper.reference import Reference
+    from surgery.mapper.search import Search
+
+    links = dict(links) if links is not None else link(probe.reference, source)
+    x = probe.search_input()
+    seen = _ran("reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links)))
+    _complete_links(probe.reference, seen, links)
+    reference = Reference(seen)
+    own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}
+    floats = {n for n, t in own.items() if t.is_floating_point() and n not in kept}
+
+    def again(values: dict[str, Tensor]) -> Any:
+        return record(probe.call_target, twin.twin(target, values), x, weights=floats)
+
+    tape = _ran("target", lambda: again({}))
+    outputs = seen.outputs()
+    if not outputs:
+        raise GraftError("the probe's reference returned no tensor", hint="run_reference must return a Tensor or a tuple.")
+    accept = _outputs_equal(reference, outputs) if probe.run_target is not None else _outputs_occur(reference, outputs)
+    search = Search(
+        tape,
+        reference,
+        own=own,
+        maybe_constant=_maybe_constant(target),
+        prior=names.likeness,
+        again=again,
+        accept=accept,
+    )
+    won, best = search.run()
+    return _plan(source, target, best, dict(links), own, kept, found=won is not None)
+
+
+def _ran(side: str, run: Callable[[], Any]) -> Any:
+    """Run one side; what it raises becomes the person's error, with the side named."""
+    try:
+        return run()
+    except GraftError:
+        raise
+    except Exception as e:
+        raise GraftError(
+            f"the {side} failed to run on the probe's input: {type(e).__name__}: {e}",
+            hint=f"Run the {side} on this input by itself, and correct the input (example()) or the module.",
+        ) from e
+
+
+def _complete_links(reference: nn.Module, tape: Any, links: Mapping[str, Expr]) -> None:
+    """Every parameter that the reference's run consumed must be one of the checkpoint's."""
+    parameters = {n for n, _ in reference.named_parameters(remove_duplicate=False)}
+    missing = [
+        v.name
+        for vid, v in enumerate(tape.values)
+        if v.origin == "const" and v.name in parameters and v.name not in links and tape.consumers[vid]
+    ]
+    if missing:
+        few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise GraftError(
+            f"the reference runs with tensors that the checkpoint does not hold: {few}",
+            hint="Load the checkpoint into the reference first; a proof about other weights proves nothing.",
+        )
+
+
+def _maybe_constant(target: nn.Module) -> set[str]:
+    """Tensors that may be constants of the target: float buffers, and frozen parameters among trainable ones."""
+    out = {n for n, _ in target.named_buffers(remove_duplicate=False)}
+    parameters = dict(target.named_parameters(remove_duplicate=False))
+    if any(p.requires_grad for p in parameters.values()):
+        out |= {n for n, p in parameters.items() if not p.requires_grad}
+    return out
+
+
+def _outputs_equal(reference: Any, outputs: list[int]) -> Callable[[Hypothesis], bool]:
+    def accept(h: Hypothesis) -> bool:
+        mine = h.tape.outputs()
+        if len(mine) != len(outputs):
+            return False
+        for i, j in zip(mine, outputs, strict=True):
+            a, b = h.known(i), reference.known(j)
+            if a is None or b is None or a.numel() != b.numel():
+                return False
+            if a.squeeze().shape != b.squeeze().shape:
+                return False
+            scale = float(b.abs().max()) if b.numel() else 0.0
+            if not bool(((a.squeeze() - b.squeeze()).abs() <= 1e-9 * max(scale, 1e-300)).all()):
+                return False
+        return True
+
+    return accept
+
+
+def _outputs_occur(reference: Any, outputs: list[int]) -> Callable[[Hypothesis], bool]:
+    from surgery.mapper.record import fingerprint, same
+
+    def accept(h: Hypothesis) -> bool:
+        for j in outputs:
+            b = reference.known(j)
+            f = reference.tape.values[j].fingerprint
+            if f is None or b is None:
+                return False
+            mine = (
+                v
+                for v, val in enumerate(h.tape.values)
+                if val.data and val.weights and v not in h.tainted and _numel(val.shape) == b.numel()
+            )
+            if not any((t := h.known(v)) is not None and (g := fingerprint(t)) is not None and same(f, g) for v in mine):
+                return False
+        return True
+
+    return accept
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n
+
+
+def _plan(
+    source: Checkpoint,
+    target: nn.Module,
+    h: Hypothesis,
+    links: dict[str, Expr],
+    own: dict[str, Tensor],
+    kept: frozenset[str],
+    *,
+    found: bool,
+) -> Plan:
+    """The rows of a hypothesis, in the target's order, and what becomes of the rest of the source."""
+    from surgery.dtypes import name_of
+    from surgery.expr import Name, kind
+    from surgery.mapper.render import Renderer, Unrenderable, complete
+
+    renderer = Renderer(h.reference, links)
+    rows: dict[str, Row] = {}
+    first_of: dict[int, str] = {}
+    open_rows: list[str] = []
+    evidence = _evidence(h)
+    for name, t in own.items():
+        shape, dtype = tuple(t.shape), name_of(t.dtype)
+        if id_ := first_of.get(_key(t)):
+            rows[name] = Row(name, Status.TIED, None, shape, dtype, tied_to=id_)
+            continue
+        if t.numel():
+            first_of[_key(t)] = name
+        if name in kept:
+            rows[name] = Row(name, Status.KEPT, None, shape, dtype, note="filled by an earlier graft")
+            continue
+        vid = h.tape.params.get(name)
+        label = h.tape.values[vid].name if vid is not None else name
+        bound = h.bound.get(label)
+        if bound is not None:
+            try:
+                expr = renderer.bound(complete(bound, shape, h.reference), shape)
+            except Unrenderable as e:
+                open_rows.append(f"{name}: {e}")
+                rows[name] = Row(name, Status.NEW, None, shape, dtype, note=f"open: {e}")
+                continue
+            made = _synthesised(expr)
+            rows[name] = Row(
+                name, Status.SYNTHESISED if made else Status.FILLED, expr, shape, dtype, evidence=evidence.get(label, "")
+            )
+        elif label in h.constant:
+            rows[name] = Row(name, Status.CONSTANT, None, shape, dtype, note="the target's own constant")
+        else:
+            rows[name] = _unreached(name, t, shape, dtype, rows, source, h)
+    del Name, kind
+    used = {n for r in rows.values() for n in r.sources}
+    dropped = [Dropped(n, _why_dropped(n, h, links)) for n in source if n not in used]
+    diagnosis = "" if found else _diagnosis(h)
+    if found and open_rows:
+        diagnosis = "the mapping was found but has no expression for " + "; ".join(open_rows[:4])
+    infos = {n: _info(t) for n, t in own.items()}
+    symmetries = []
+    if h.swapped:
+        symmetries.append("addends of one sum (biases of one gate or kernel) could change places: any choice is the same")
+    return Plan(
+        rows=tuple(rows.values()),
+        dropped=tuple(dropped),
+        source=Stamp.of(source, source.source),
+        target=Stamp.of(infos, type(target).__name__),
+        verdict=None if not diagnosis else "refuted",
+        symmetries=tuple(symmetries),
+        diagnosis=diagnosis,
+    )
+
+
+def _info(t: Tensor) -> Any:
+    from surgery.memory import info_of
+
+    return info_of(t)
+
+
+def _key(t: Tensor) -> int:
+    """Tied tensors share their first byte and their layout."""
+    return hash((t.data_ptr() if not t.is_meta else id(t), tuple(t.shape), t.stride(), t.dtype))
+
+
+def _synthesised(expr: Expr) -> bool:
+    from surgery.expr import names, walk
+
+    return not names(expr) or any(getattr(e, "op", "") == "norm_except" for e in walk(expr))
+
+
+def _evidence(h: Hypothesis) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for c in h.choices:
+        way = "the only one that fits" if c.of == 1 else f"the one of {c.of} that the reference's activations bear out"
+        where = f" at {c.module}" if c.module else ""
+        for t, s in zip(c.weights, c.sources, strict=True):
+            if t not in out:
+                out[t] = f"reads the same input as {s}{where}: {way}"
+    return out
+
+
+def _unreached(
+    name: str, t: Tensor, shape: tuple[int, ...], dtype: str, rows: dict[str, Row], source: Checkpoint, h: Hypothesis
+) -> Row:
+    """A tensor that the run did not settle: from where its siblings come, or a constant, or new."""
+    from surgery.expr import Name
+
+    stem, _, leaf = name.rpartition(".")
+    for other, row in rows.items():
+        if other.rpartition(".")[0] == stem and isinstance(row.expr, Name):
+            theirs = row.expr.name.rpartition(".")[0]
+            cand = f"{theirs}.{leaf}" if theirs else leaf
+            reached = (vid := h.tape.params.get(name)) is not None and bool(h.tape.consumers[vid])
+            if cand in source and source[cand].shape == shape and not reached:
+                said = f"beside {other} in both; not reached by the run"
+                return Row(name, Status.FILLED, Name(cand), shape, dtype, evidence=said)
+    if not t.is_floating_point():
+        return Row(name, Status.CONSTANT, None, shape, dtype, note="an integer table of the target's own")
+    vid = h.tape.params.get(name)
+    if vid is None or not h.tape.consumers[vid]:
+        return Row(name, Status.NEW, None, shape, dtype, note="not reached by the part that was run")
+    return Row(name, Status.NEW, None, shape, dtype, note="nothing in the reference corresponds to it")
+
+
+def _why_dropped(name: str, h: Hypothesis, links: dict[str, Expr]) -> str:
+    from surgery.expr import names
+
+    ref = h.reference.tape
+    live = [n for n, e in links.items() if name in names(e)]
+    vids = [ref.params[n] for n in live if n in ref.params]
+    if not vids:
+        return "the reference does not hold it as a weight"
+    if not any(ref.consumers[v] for v in vids):
+        return "not part of what was run"
+    return "the target has no place for it, and computes the same without it"
+
+
+def _diagnosis(h: Hypothesis) -> str:
+    where = h.parted or h.stuck
+    at = f" at {where}" if where else ""
+    return f"no mapping of these weights makes the target compute the reference's outputs; they part{at}"

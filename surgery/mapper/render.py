@@ -1,0 +1,421 @@
+"""From numbered elements to a plan's expressions: read an index map aloud.
+
+A settled target tensor is an array of source element numbers. Here it becomes an expression that a person can read: a name,
+a transpose, a concatenation, an interleaving of heads, a strided view; with the rows that no input reached completed where
+the ones that were reached lie on one index map (see `complete`). What has no such form is not rendered, and is left open.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.expr import Call, Expr, Name, call
+from surgery.mapper.affine import NotAffine, Virtual, base
+from surgery.mapper.hypothesis import Bound
+from surgery.mapper.record import Node, Ref
+from surgery.mapper.reference import Derived, Reference
+
+MOST_PARTS = 64
+
+
+class Unrenderable(Exception):
+    """An index map that no expression of the language gives."""
+
+
+class Renderer:
+    """Expressions over checkpoint tensors for arrays of the reference's element numbers."""
+
+    def __init__(self, reference: Reference, links: dict[str, Expr]) -> None:
+        self.ref = reference
+        self.links = links
+        firsts = [(first, size, name) for first, size, name in reference.names]
+        self.real = firsts
+
+    # -- the whole ----------------------------------------------------------------------------------------------------
+    def bound(self, b: Bound, shape: tuple[int, ...]) -> Expr:
+        """The expression of a settled tensor. Raises Unrenderable."""
+        if not b.full:
+            raise Unrenderable("some elements are open")
+        addends = [b.ids.reshape(shape)] + [m.reshape(shape) for m in b.more]
+        parts = [self.block(a.clamp_min(0)) for a in addends if bool((a > 0).any())]
+        if not parts:
+            return call("zeros", shape=shape)
+        return parts[0] if len(parts) == 1 else call("add", *parts)
+
+    def block(self, ids: Tensor, depth: int = 0) -> Expr:
+        """ids: source numbers, 0 for zero, in the shape wanted."""
+        shape = tuple(ids.shape)
+        if not bool((ids > 0).any()):
+            return call("zeros", shape=shape)
+        owner = self._owner(ids)
+        kinds = torch.unique(owner)
+        if len(kinds) == 1:
+            expr, size, first = self._base(int(kinds[0]))
+            made = view(expr, size, ids - first)
+            if made is not None:
+                return made
+        if depth < 6:
+            for axis in range(len(shape)):
+                made = self._split(ids, owner, axis, depth)
+                if made is not None:
+                    return made
+        raise Unrenderable(f"no expression for an index map of shape {shape}")
+
+    # -- bases --------------------------------------------------------------------------------------------------------
+    def _spans(self) -> list[tuple[int, int, Any]]:
+        out: list[tuple[int, int, Any]] = [(f, s, n) for f, s, n in self.real]
+        out += [(u.offset, u.size, u) for u in self.ref.virtual.values()]
+        out += [(d.offset, d.size, d) for d in self.ref.derived]
+        return sorted(out, key=lambda e: e[0])
+
+    def _owner(self, ids: Tensor) -> Tensor:
+        spans = self._spans()
+        edges = torch.tensor([f for f, _, _ in spans])
+        found = torch.bucketize(ids, edges, right=True) - 1
+        return torch.where(ids > 0, found, -1)
+
+    def _base(self, k: int) -> tuple[Expr, tuple[int, ...], int]:
+        """(expression, its shape, first number) of a numbered tensor."""
+        first, _, what = self._spans()[k]
+        if isinstance(what, str):
+            vid = self.ref.tape.params[what]
+            expr = self.links.get(what)
+            if expr is None:
+                raise Unrenderable(f"{what} is not in the checkpoint")
+            return expr, self.ref.tape.values[vid].shape, first
+        if isinstance(what, Virtual):
+            expr = self._virtual(what.vid)
+            shape = self.ref.tape.values[what.vid].shape
+            return (call("reciprocal", expr) if what.how else expr), shape, first
+        assert isinstance(what, Derived)
+        inner = self.block(what.numbers.to(torch.int64))
+        if what.fn == "rsqrt_inverse":
+            return call("reciprocal", call("square", inner)), what.shape, first
+        return call(what.fn, inner, **what.params), what.shape, first
+
+    def _value(self, vid: int) -> Expr:
+        """A value of weights only."""
+        try:
+            return self.block(self.ref.weight_matrix(vid).to(torch.int64))
+        except NotAffine as e:
+            raise Unrenderable("a weight computed in a way that the plan cannot say") from e
+
+    def _virtual(self, vid: int) -> Expr:
+        v = self.ref.tape.values[vid]
+        if v.origin != "node":
+            raise Unrenderable(f"value {vid}")
+        node = self.ref.tape.nodes[v.node]
+        name = base(node.op)
+        if name == "_weight_norm_interface" and v.out == 0:
+            w, g, dim = node.args
+            return call("weight_norm", self._value(g.vid), self._value(w.vid), dim=int(dim))
+        args = [a for a in node.args if isinstance(a, Ref)]
+        if name in ("exp", "log", "sqrt", "rsqrt", "neg", "reciprocal", "square") and len(args) == 1:
+            return call(name, self._value(args[0].vid))
+        if name in ("add", "sub", "mul", "div") and len(node.args) >= 2:
+            return self._arithmetic(name, node)
+        raise Unrenderable(f"a weight computed by {name}")
+
+    def _arithmetic(self, name: str, node: Node) -> Expr:
+        a, b = node.args[0], node.args[1]
+        if isinstance(a, Ref) and isinstance(b, Ref) and all(self.ref.weight_only(x.vid) for x in (a, b)):
+            return call(name, self._value(a.vid), self._value(b.vid))
+        x, c = (a, b) if isinstance(a, Ref) and self.ref.weight_only(a.vid) else (b, a)
+        if isinstance(c, Ref):
+            k = self.ref.known(c.vid)
+            if k is None or k.numel() != 1:
+                raise Unrenderable("a weight combined with a table that Python made")
+            c = float(k)
+        inner = self._value(x.vid)
+        if name == "add":
+            return call("shift", inner, by=float(c))
+        if name == "mul":
+            return call("scale", inner, by=float(c))
+        if name == "sub":
+            return call("shift", inner, by=-float(c)) if x is a else call("shift", call("neg", inner), by=float(c))
+        return call("scale", inner, by=1.0 / float(c)) if x is a else call("scale", call("reciprocal", inner), by=float(c))
+
+    # -- cutting ------------------------------------------------------------------------------------------------------
+    def _split(self, ids: Tensor, owner: Tensor, axis: int, depth: int) -> Expr | None:
+        """Runs along an axis, each from one tensor or one stretch of it: a concatenation, or an interleaving."""
+        n = ids.shape[axis]
+        if n < 2:
+            return None
+        rows, own = ids.movedim(axis, 0).reshape(n, -1), owner.movedim(axis, 0).reshape(n, -1)
+        if not bool((own == own[:, :1]).all()):
+            return None
+        who = own[:, 0]
+        step = rows[1:] - rows[:-1]
+        steady = (step == step[:, :1]).all(1)
+        new = who[1:] != who[:-1]
+        cut = [0, *(torch.nonzero(new).flatten() + 1).tolist(), n]
+        if len(cut) == 2 or len(cut) > 4 * MOST_PARTS:  # one tensor: cut where its own stretches end
+            jump = torch.zeros(n - 1, dtype=torch.bool)
+            jump[1:] = (step[1:, 0] != step[:-1, 0]) | ~steady[1:]
+            edges = torch.nonzero(jump).flatten() + 1
+            cut = [0]
+            for e in edges.tolist():
+                if e - cut[-1] > 1:
+                    cut.append(e)
+            cut.append(n)
+        runs = list(itertools.pairwise(cut))
+        if len(runs) < 2 or len(runs) > 4 * MOST_PARTS:
+            return None
+        woven = self._woven(ids, who, runs, axis, depth)
+        if woven is not None:
+            return woven
+        if len(runs) > MOST_PARTS:
+            return None
+        try:
+            parts = [self.block(ids.narrow(axis, a, b - a), depth + 1) for a, b in runs]
+        except Unrenderable:
+            return None
+        return call("cat", *parts, axis=axis)
+
+    def _woven(self, ids: Tensor, who: Tensor, runs: list[tuple[int, int]], axis: int, depth: int) -> Expr | None:
+        """q k v q k v ...: equal runs whose owners recur."""
+        owners = [int(who[a]) for a, _ in runs]
+        period = len(dict.fromkeys(owners))
+        if period < 2 or len(runs) <= period or len(runs) % period:
+            return None
+        if owners != owners[:period] * (len(runs) // period) or len({b - a for a, b in runs}) != 1:
+            return None
+        groups = len(runs) // period
+        parts = []
+        for k in range(period):
+            at = torch.cat([torch.arange(*runs[g * period + k]) for g in range(groups)])
+            try:
+                parts.append(self.block(ids.index_select(axis, at), depth + 1))
+            except Unrenderable:
+                return None
+        return call("interleave", *parts, groups=groups, axis=axis)
+
+
+# -------------------------------------------------------------------------------------------------------- one tensor
+
+
+def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """The expression whose elements are `local` (flat positions in a tensor of `shape`), or None."""
+    want = tuple(local.shape)
+    n = math.prod(shape)
+    flat = local.reshape(-1)
+    if flat.numel() == n and bool((flat == torch.arange(n)).all()):
+        return expr if want == shape else call("reshape", expr, shape=want)
+    plain = _plain_view(expr, shape, local)
+    return plain if plain is not None else _strided(expr, shape, local)
+
+
+def _plain_view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """A transpose, a slice, or both."""
+    want = tuple(local.shape)
+    if math.prod(shape) < local.numel() or not shape:
+        return None
+    lo, hi = int(local.min()), int(local.max())
+    piece: Expr = expr
+    grid: Tensor | None = None
+    size = list(shape)
+    for axis in range(len(shape)):
+        inner = math.prod(shape[axis + 1 :])
+        outer = math.prod(shape[:axis])
+        if outer > 1 and local.numel() == math.prod(shape):
+            break
+        per = shape[axis]
+        count = local.numel() * per // math.prod(shape)
+        if count * math.prod(shape) != local.numel() * per or count == 0 or count == per:
+            continue
+        start = (lo // inner) % per
+        if start + count > per or (hi // inner) % per != start + count - 1:
+            continue
+        cand = torch.arange(math.prod(shape)).reshape(shape).narrow(axis, start, count)
+        if bool((torch.sort(cand.reshape(-1)).values == torch.sort(local.reshape(-1)).values).all()):
+            piece, grid = call("slice", expr, axis=axis, start=start, stop=start + count), cand
+            size[axis] = count
+            break
+    if grid is None:
+        if local.numel() != math.prod(shape):
+            return None
+        grid = torch.arange(math.prod(shape)).reshape(shape)
+    flat = local.reshape(-1)
+    for p in itertools.permutations(range(len(size))) if len(size) <= 4 else [tuple(range(len(size)))]:
+        if bool((grid.permute(p).reshape(-1) == flat).all()):
+            if p != tuple(range(len(size))):
+                squeezed = [d for d in p if size[d] != 1]
+                if squeezed != sorted(squeezed):
+                    piece = call("transpose", piece) if len(p) == 2 else call("permute", piece, dims=p)
+                    size = [size[d] for d in p]
+            return piece if tuple(size) == want else call("reshape", piece, shape=want)
+    return None
+
+
+def _radix(profile: Tensor) -> list[tuple[int, int]] | None:
+    """A one-dimensional index profile (starting at 0) as nested (size, stride), outermost first."""
+    n = len(profile)
+    if n == 1:
+        return []
+    out: list[tuple[int, int]] = []
+    p = profile
+    while len(p) > 1:
+        s = int(p[1])
+        steps = torch.arange(len(p)) * s
+        bad = torch.nonzero(p != steps).flatten()
+        m = int(bad[0]) if len(bad) else len(p)
+        if len(p) % m:
+            return None
+        inner = p[:m]
+        blocks = p.reshape(-1, m)
+        if not bool((blocks - blocks[:, :1] == inner).all()):
+            return None
+        out.insert(0, (m, s))
+        p = blocks[:, 0]
+    return out
+
+
+def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """Any nest of strides: reshape, slice, permute, reshape."""
+    want = tuple(local.shape)
+    total = math.prod(shape)
+    offset = int(local.reshape(-1)[0])
+    dims: list[tuple[int, int]] = []
+    rebuilt = torch.full(want, offset, dtype=torch.int64)
+    for axis, n in enumerate(want):
+        index: list[Any] = [0] * len(want)
+        index[axis] = slice(None)
+        profile = local[tuple(index)] - offset
+        nest = _radix(profile)
+        if nest is None:
+            return None
+        dims += nest
+        rebuilt = rebuilt + profile.reshape([n if a == axis else 1 for a in range(len(want))])
+    if not bool((rebuilt == local).all()) or any(s <= 0 for _, s in dims):
+        return None
+    order = sorted(range(len(dims)), key=lambda k: -dims[k][1])
+    sizes, at = [], []
+    above = total
+    for k in order:
+        n, s = dims[k]
+        if above % s:
+            return None
+        sizes.append(above // s)
+        at.append((offset % above) // s)
+        if at[-1] + n > sizes[-1]:
+            return None
+        above = s
+    trailing = above
+    piece: Expr = call("reshape", expr, shape=(*sizes, trailing)) if (*sizes, trailing) != shape else expr
+    for axis, k in enumerate(order):
+        if dims[k][0] != sizes[axis]:
+            piece = call("slice", piece, axis=axis, start=at[axis], stop=at[axis] + dims[k][0])
+    if trailing > 1:
+        piece = call("slice", piece, axis=len(order), start=offset % trailing, stop=offset % trailing + 1)
+    perm = [order.index(k) for k in range(len(dims))]
+    if perm != sorted(perm):
+        piece = call("permute", piece, dims=(*perm, len(order)))
+    return call("reshape", piece, shape=want)
+
+
+# ---------------------------------------------------------------------------------------------------------- completion
+
+
+def complete(b: Bound, shape: tuple[int, ...], reference: Reference) -> Bound:
+    """Fill rows that no input reached where the rows that were reached come, step by step, from one tensor.
+
+    Along the axis on which whole rows are open: the settled rows of each source tensor must be an affine function of the
+    row's place (row r from row r - offset: positions, tokens, a merged table), and a place that two such functions claim
+    stays open.
+    """
+    if b.full or not shape:
+        return b
+    ids = b.ids.reshape(shape)
+    for axis in range(len(shape)):
+        rows = ids.movedim(axis, 0).reshape(shape[axis], -1)
+        open_ = rows == 0
+        if not bool((open_.all(1) | ~open_.any(1)).all()):
+            continue
+        filled = _complete_rows(rows, [m.reshape(shape).movedim(axis, 0).reshape(shape[axis], -1) for m in b.more], reference)
+        if filled is None:
+            continue
+        main, more = filled
+        back = [t.reshape([shape[axis], *[n for a, n in enumerate(shape) if a != axis]]).movedim(0, axis) for t in (main, *more)]
+        flat = [t.reshape(-1) for t in back]
+        return Bound(flat[0], flat[1:])
+    return b
+
+
+def _complete_rows(rows: Tensor, more: list[Tensor], reference: Reference) -> tuple[Tensor, list[Tensor]] | None:
+    settled = torch.nonzero(rows[:, 0] != 0).flatten()
+    if len(settled) == 0:
+        return None
+    columns = [rows, *more]
+    if any(not bool((m[settled] > 0).all()) for m in more):
+        return None
+    if len(columns) > 1 or bool((rows[settled] < 0).any()):
+        laws = [_law(c, settled, reference) for c in columns]
+        return _apply([law for law in laws if law is not None], columns, rows, every=len(columns))
+    edges = torch.tensor(sorted(f for f, _, _ in reference.names))
+    owner = torch.bucketize(rows[settled, 0], edges, right=True)
+    laws = [_law(rows, settled[owner == o], reference) for o in torch.unique(owner).tolist()]
+    claims = torch.zeros(len(rows), dtype=torch.int64)
+    out = rows.clone()
+    for law in laws:
+        if law is None:
+            continue
+        first, last, at, start, step, valid = law
+        del first, last
+        where = torch.nonzero((rows[:, 0] == 0) & valid).flatten()
+        claims[where] += 1
+        out[where] = start + (where - at).unsqueeze(1) * step
+    out[claims > 1] = 0
+    return out, []
+
+
+def _law(rows: Tensor, settled: Tensor, reference: Reference) -> tuple[int, int, int, Tensor, int, Tensor] | None:
+    """row r = start + (r - at) * step, and for which r that stays inside the tensor and its axis."""
+    if len(settled) == 0 or bool((rows[settled] <= 0).any()):
+        return None
+    at = int(settled[0])
+    start = rows[at]
+    span = next(((f, s, n) for f, s, n in reference.names if f <= int(start[0]) < f + s), None)
+    if span is None:
+        return None
+    first, size, name = span
+    shape = reference.tape.values[reference.tape.params[name]].shape
+    if len(settled) > 1:
+        gap = rows[settled[1:]] - start
+        steps = gap // (settled[1:] - at).unsqueeze(1)
+        step = int(steps[0, 0])
+        if step <= 0 or not bool((gap == (settled[1:] - at).unsqueeze(1) * step).all()):
+            return None
+    else:
+        step = math.prod(shape[1:])
+    local = start - first
+    if int(local.min()) < 0 or int(local.max()) >= size:
+        return None
+    length = next((shape[a] for a in range(len(shape)) if math.prod(shape[a + 1 :]) == step and shape[a] > 1), None)
+    if length is None:
+        return None
+    place = (local // step) % length
+    if not bool((place == place[0]).all()):
+        return None
+    there = int(place[0]) + torch.arange(len(rows)) - at
+    return first, size, at, start, step, (there >= 0) & (there < length)
+
+
+def _apply(laws: list[Any], columns: list[Tensor], rows: Tensor, *, every: int) -> tuple[Tensor, list[Tensor]] | None:
+    if len(laws) != every:
+        return None
+    valid = torch.stack([law[5] for law in laws]).all(0)
+    where = torch.nonzero((rows[:, 0] == 0) & valid).flatten()
+    out = []
+    for c, (_, _, at, start, step, _) in zip(columns, laws, strict=True):
+        new = c.clone()
+        new[where] = start + (where - at).unsqueeze(1) * step
+        out.append(new)
+    return out[0], out[1:]
+
+
+__all__ = ["Call", "Name", "Renderer", "Unrenderable", "complete", "view"]
