@@ -1,0 +1,97 @@
+"""The engine: reads checkpoints, plans, reshapes, applies and proves.
+
+    report = surgery.graft("theirs.safetensors", mine, probe=probe)
+    report.verdict                        # proven, adapted, consistent; or a GraftError that says why not
+
+Importing it imports no torch: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint as Checkpoint
+    from surgery.checkpoint import TensorInfo as TensorInfo
+    from surgery.checkpoint import open as open
+    from surgery.errors import CheckpointError as CheckpointError
+    from surgery.errors import GraftError as GraftError
+    from surgery.errors import PlanError as PlanError
+    from surgery.errors import SurgeryError as SurgeryError
+    from surgery.formats import Format as Format
+    from surgery.formats import register as register
+    from surgery.graft import graft as graft
+    from surgery.graft import plan as plan
+    from surgery.graft import verify as verify
+    from surgery.plan import Plan as Plan
+    from surgery.probe import Probe as Probe
+    from surgery.report import Report as Report
+    from surgery.report import Verdict as Verdict
+    from surgery.write import write as write
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "errors",
+    "Format": "formats",
+    "GraftError": "errors",
+    "Plan": "plan",
+    "PlanError": "errors",
+    "Probe": "probe",
+    "Report": "report",
+    "SurgeryError": "errors",
+    "TensorInfo": "checkpoint",
+    "Verdict": "report",
+    "graft": "graft",
+    "open": "checkpoint",
+    "plan": "graft",
+    "register": "formats",
+    "verify": "graft",
+    "write": "write",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Format",
+    "GraftError",
+    "Plan",
+    "PlanError",
+    "Probe",
+    "Report",
+    "SurgeryError",
+    "TensorInfo",
+    "Verdict",
+    "graft",
+    "open",
+    "plan",
+    "register",
+    "verify",
+    "write",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """surgery.plan, surgery.graft and surgery.write are functions. The import system would put the files of these
+    names in their place as soon as one is imported; the files stay reachable by `from surgery.plan import ...`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
