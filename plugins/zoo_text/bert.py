@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from zoo import Entry, Part, Source
+from zoo import Entry, Part, PartProbe, Source
 
 if TYPE_CHECKING:
-    from surgery import TensorInfo
+    from surgery import Checkpoint, TensorInfo
 
 # "model" is the body alone (BertModel); "pretraining" has it under `bert.`, beside one head or more. Checkpoints from
 # before 2019 spell LayerNorm's weight and bias gamma and beta; the patterns do not care.
@@ -26,22 +26,26 @@ PARTS = (
     Part(
         "embeddings",
         {"model": ("embeddings.*",), "pretraining": ("bert.embeddings.*",)},
+        probe="zoo_text.bert:embeddings_probe",
         outputs=("embeddings",),
     ),
     # From token ids to hidden states: an encoder without its embeddings is nothing that anyone runs.
     Part(
         "encoder",
         {"model": ("embeddings.*", "encoder.*"), "pretraining": ("bert.embeddings.*", "bert.encoder.*")},
+        probe="zoo_text.bert:encoder_probe",
         outputs=("last_hidden_state",),
     ),
     Part(
         "pooler",
         {"model": ("pooler.*",), "pretraining": ("bert.pooler.*",)},
+        probe="zoo_text.bert:pooler_probe",
         outputs=("pooler_output",),
     ),
     Part(
         "head",
         {"model": _HEADS, "pretraining": _HEADS},
+        probe="zoo_text.bert:head_probe",
         outputs=("logits",),
     ),
 )
@@ -64,6 +68,7 @@ ENTRIES = (
         licence="apache-2.0",
         layouts=LAYOUTS,
         requires="text",
+        probe="zoo_text.bert:whole_probe",
         outputs=("last_hidden_state", "pooler_output"),
         parts=PARTS,
     ),
@@ -87,6 +92,7 @@ ENTRIES = (
         licence="apache-2.0",
         layouts=LAYOUTS,
         requires="text",
+        probe="zoo_text.bert:whole_probe",
         outputs=("last_hidden_state", "pooler_output"),
         parts=PARTS,
     ),
@@ -100,3 +106,38 @@ def shapes_say(tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
             rows = info.shape[0]
             return f"it has {rows} token types" if rows > 1 else False
     return ""
+
+
+def embeddings_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the sum of embeddings, normalised."""
+    from zoo_text.probes import BERT
+
+    return BERT.embeddings(checkpoint, config)
+
+
+def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the last hidden state."""
+    from zoo_text.probes import BERT
+
+    return BERT.encoder(checkpoint, config)
+
+
+def pooler_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From hidden states to one vector per sequence."""
+    from zoo_text.probes import BERT
+
+    return BERT.pooling(checkpoint, config)
+
+
+def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From hidden states to logits."""
+    from zoo_text.probes import BERT
+
+    return BERT.head(checkpoint, config)
+
+
+def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """All there is: last hidden state, pooled vector, logits."""
+    from zoo_text.probes import BERT
+
+    return BERT.whole(checkpoint, config)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from zoo import Entry, Part, Source
+from zoo import Entry, Part, PartProbe, Source
 
 if TYPE_CHECKING:
-    from surgery import TensorInfo
+    from surgery import Checkpoint, TensorInfo
 
 LAYOUTS = {
     "model": ("embeddings.word_embeddings.weight", "transformer.layer.0.*"),
@@ -20,6 +20,7 @@ PARTS = (
     Part(
         "embeddings",
         {"model": ("embeddings.*",), "pretraining": ("distilbert.embeddings.*",)},
+        probe="zoo_text.distilbert:embeddings_probe",
         outputs=("embeddings",),
     ),
     Part(
@@ -28,11 +29,13 @@ PARTS = (
             "model": ("embeddings.*", "transformer.*"),
             "pretraining": ("distilbert.embeddings.*", "distilbert.transformer.*"),
         },
+        probe="zoo_text.distilbert:encoder_probe",
         outputs=("last_hidden_state",),
     ),
     Part(
         "head",
         {"model": _HEADS, "pretraining": _HEADS},
+        probe="zoo_text.distilbert:head_probe",
         outputs=("logits",),
     ),
 )
@@ -51,6 +54,7 @@ ENTRIES = (
         licence="apache-2.0",
         layouts=LAYOUTS,
         requires="text",
+        probe="zoo_text.distilbert:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,
     ),
@@ -60,3 +64,31 @@ ENTRIES = (
 def shapes_say(tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
     """Its names alone give it away."""
     return ""
+
+
+def embeddings_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the sum of embeddings, normalised."""
+    from zoo_text.probes import DISTILBERT
+
+    return DISTILBERT.embeddings(checkpoint, config)
+
+
+def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the last hidden state."""
+    from zoo_text.probes import DISTILBERT
+
+    return DISTILBERT.encoder(checkpoint, config)
+
+
+def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From hidden states to logits."""
+    from zoo_text.probes import DISTILBERT
+
+    return DISTILBERT.head(checkpoint, config)
+
+
+def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """All there is: last hidden state, logits."""
+    from zoo_text.probes import DISTILBERT
+
+    return DISTILBERT.whole(checkpoint, config)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from zoo import Entry, Part, Source
+from zoo import Entry, Part, PartProbe, Source
 
 if TYPE_CHECKING:
-    from surgery import TensorInfo
+    from surgery import Checkpoint, TensorInfo
 
 LAYOUTS = {
     "model": ("embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight", "encoder.layer.0.*"),
@@ -24,21 +24,25 @@ PARTS = (
     Part(
         "embeddings",
         {"model": ("embeddings.*",), "pretraining": ("roberta.embeddings.*",)},
+        probe="zoo_text.roberta:embeddings_probe",
         outputs=("embeddings",),
     ),
     Part(
         "encoder",
         {"model": ("embeddings.*", "encoder.*"), "pretraining": ("roberta.embeddings.*", "roberta.encoder.*")},
+        probe="zoo_text.roberta:encoder_probe",
         outputs=("last_hidden_state",),
     ),
     Part(
         "pooler",
         {"model": ("pooler.*",), "pretraining": ("roberta.pooler.*",)},
+        probe="zoo_text.roberta:pooler_probe",
         outputs=("pooler_output",),
     ),
     Part(
         "head",
         {"model": _HEADS, "pretraining": _HEADS},
+        probe="zoo_text.roberta:head_probe",
         outputs=("logits",),
     ),
 )
@@ -56,6 +60,7 @@ ENTRIES = (
         licence="mit",
         layouts=LAYOUTS,
         requires="text",
+        probe="zoo_text.roberta:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,
     ),
@@ -69,3 +74,38 @@ def shapes_say(tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
             rows = info.shape[0]
             return "it has a single token type" if rows == 1 else False
     return ""
+
+
+def embeddings_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the sum of embeddings, normalised."""
+    from zoo_text.probes import ROBERTA
+
+    return ROBERTA.embeddings(checkpoint, config)
+
+
+def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From token ids to the last hidden state."""
+    from zoo_text.probes import ROBERTA
+
+    return ROBERTA.encoder(checkpoint, config)
+
+
+def pooler_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From hidden states to one vector per sequence."""
+    from zoo_text.probes import ROBERTA
+
+    return ROBERTA.pooling(checkpoint, config)
+
+
+def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """From hidden states to logits."""
+    from zoo_text.probes import ROBERTA
+
+    return ROBERTA.head(checkpoint, config)
+
+
+def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    """All there is: last hidden state, pooled vector, logits."""
+    from zoo_text.probes import ROBERTA
+
+    return ROBERTA.whole(checkpoint, config)
