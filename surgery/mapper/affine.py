@@ -57,7 +57,7 @@ class Site:
     x_vid: int
     w: Tensor  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
     geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
-    columns: tuple[int, ...] | None = None  # where x is a concatenation: which of its columns
+    pieces: list[Tensor] | None = None  # where x is a concatenation along the contracted axis: the columns of each part
 
     _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -476,15 +476,9 @@ class Affine:
     def _site_terms(
         self, index: int, x: Tensor, xv: int, w: Tensor, row: Tensor, col: Tensor, shape: tuple[int, ...]
     ) -> list[Term]:
-        """One product, or one for each part where its input is a concatenation along the contracted axis."""
         row, col = row.reshape(shape), col.reshape(shape)
-        groups = self._pieces(xv, x)
-        if groups is None:
-            return [Term("product", 1.0, site=Site(index, x, xv, w), row=row, col=col)]
-        return [
-            Term("product", 1.0, site=Site(index, x[:, g], xv, w[g], columns=tuple(g.tolist())), row=row, col=col)
-            for g in groups
-        ]
+        site = Site(index, x, xv, w, pieces=self._pieces(xv, x))
+        return [Term("product", 1.0, site=site, row=row, col=col)]
 
     def _pieces(self, xv: int, x: Tensor) -> list[Tensor] | None:
         """The columns of x that come from each part of a concatenation, or None where it is none."""
@@ -516,6 +510,20 @@ class Affine:
             return None
         first = mark[0]
         return [torch.nonzero(first == i).flatten() for i in range(len(parts)) if bool((first == i).any())]
+
+
+def apart(terms: list[Term]) -> list[Term] | None:
+    """The same sum with every product of a concatenation as a sum of products; None where there is no such product."""
+    out: list[Term] = []
+    for t in terms:
+        if t.site is None or not t.site.pieces or len(t.site.pieces) < 2:
+            out.append(t)
+            continue
+        s = t.site
+        for g in s.pieces:
+            part = Site(s.node, s.x[:, g], s.x_vid, s.w[g])
+            out.append(Term("product", t.coef, site=part, row=t.row, col=t.col))
+    return out if len(out) > len(terms) else None
 
 
 def _turned(t: Tensor, left: bool) -> Tensor:

@@ -206,6 +206,12 @@ def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
     flat = local.reshape(-1)
     if flat.numel() == n and bool((flat == torch.arange(n)).all()):
         return expr if want == shape else call("reshape", expr, shape=want)
+    still = [a for a, m in enumerate(want) if m > 1 and bool((local == local.narrow(a, 0, 1)).all())]
+    if still:  # one row for all
+        for a in still:
+            local = local.narrow(a, 0, 1)
+        one = view(expr, shape, local)
+        return None if one is None else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
     plain = _plain_view(expr, shape, local)
     return plain if plain is not None else _strided(expr, shape, local)
 
@@ -388,6 +394,8 @@ def _law(rows: Tensor, settled: Tensor, reference: Reference) -> tuple[int, int,
         gap = rows[settled[1:]] - start
         steps = gap // (settled[1:] - at).unsqueeze(1)
         step = int(steps[0, 0])
+        if step == 0 and not bool(gap.any()):  # one row for all
+            return first, size, at, start, 0, torch.ones(len(rows), dtype=torch.bool)
         if step <= 0 or not bool((gap == (settled[1:] - at).unsqueeze(1) * step).all()):
             return None
     else:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import NotAffine, Term
+from surgery.mapper.affine import NotAffine, Term, apart
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
-from surgery.mapper.unify import Match, live, match_sites, present_rows, unify
+from surgery.mapper.unify import Match, live, match_rows, match_sites, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed
@@ -260,16 +260,25 @@ class Search:
     def _unified(
         self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int
     ) -> list[tuple[Match, float, int]]:
+        whole = self._unified_as(h, terms, shape, lambda t: t)
+        if whole and not all(m.missing for m, _, _ in whole):
+            return whole
+        parts = apart(terms)  # a product of a concatenation against products of its parts
+        return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or t) or whole
+
+    def _unified_as(
+        self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], cut: Callable[[list[Term]], list[Term]]
+    ) -> list[tuple[Match, float, int]]:
         ref = self.reference
         found: list[tuple[Match, float, int]] = []
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
-        for start, values in self._meeting(h, terms):
+        for start, values in self._meeting(h, terms, cut):
             for group in self._nearest(values, n):
                 best: list[tuple[Match, float, int]] = []
                 for y in group:
                     try:
-                        theirs = ref.terms(y)
+                        theirs = cut(ref.terms(y))
                     except NotAffine:
                         continue
                     size = math.prod(ref.tape.values[y].shape)
@@ -295,7 +304,9 @@ class Search:
         smaller = [y for y in values if math.prod(values_of[y].shape) < n]
         return [g for g in (ends, [y for y in equal if y not in ends], larger, smaller) if g]
 
-    def _meeting(self, h: Hypothesis, terms: list[Term]) -> list[tuple[int, list[int]]]:
+    def _meeting(
+        self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]]
+    ) -> list[tuple[int, list[int]]]:
         """Where in the reference to look: (a node, the values that follow from it)."""
         ref = self.reference
         out: list[tuple[int, list[int]]] = []
@@ -307,7 +318,7 @@ class Search:
             for i in ref.products:
                 node = ref.tape.nodes[i]
                 try:
-                    sites = {id(t.site): t.site for t in ref.terms(node.outs[0]) if t.kind == "product" and t.site}
+                    sites = {id(t.site): t.site for t in cut(ref.terms(node.outs[0])) if t.kind == "product" and t.site}
                 except NotAffine:
                     continue
                 if any(match_sites(lead.site, s, rows) is not None for s in sites.values() if s is not None):
@@ -321,16 +332,36 @@ class Search:
                 node = ref.tape.nodes[i]
                 if any(v in twins for v in node.inputs):
                     out.append((i, ref.closure([node.outs[0]])))
+            if not out and scales[0].value is not None:
+                out = [(i, ref.closure([ref.tape.nodes[i].outs[0]])) for i in self._same_rows(scales[0].value)]
             return out
         total: Tensor | None = None
         for t in terms:
             if t.kind == "known" and t.value is not None:
                 total = t.coef * t.value if total is None else total + t.coef * t.value
         if total is not None and bool((total != 0).any()):
-            for y in ref.index.find(fingerprint(total)):
-                out.append((y, ref.closure([y])))
+            known = [total] + [t.value for t in terms if t.kind == "known" and t.value is not None]
+            for value in known:
+                for y in ref.index.find(fingerprint(value)):
+                    out.append((ref.tape.values[y].node, ref.closure([y])))
+                if out:
+                    break
             return out
-        return [(y, [y]) for y in ref.pure]
+        return [(ref.tape.values[y].node, [y]) for y in ref.pure]
+
+    def _same_rows(self, value: Tensor) -> list[int]:
+        """Scalings in the reference whose known factor holds these rows, and more."""
+        k = value.shape[-1] if value.ndim else 0
+        out = []
+        for i in self.reference.scales:
+            for v in self.reference.tape.nodes[i].inputs:
+                other = self.reference.known(v) if self.reference.tape.values[v].data else None
+                if other is None or not other.ndim or other.shape[-1] != k or other.numel() <= value.numel() or k < 2:
+                    continue
+                rows = torch.arange(value.numel() // k)
+                if match_rows(value.reshape(-1, k), rows, other.reshape(-1, k)) is not None:
+                    out.append(i)
+        return out
 
     def _score(self, h: Hypothesis, m: Match) -> float:
         score = 0.0

@@ -207,6 +207,12 @@ def align_values(a: Tensor, b: Tensor) -> Iterator[Tensor]:
         if bool(((fa - fb[order]).abs() <= 1e-8 * scale).all()):
             yield order
             return
+    if a.ndim and b.ndim and a.shape[-1] == b.shape[-1] and a.numel() < b.numel():  # some of the rows
+        rows = match_rows(a.reshape(-1, a.shape[-1]), torch.arange(a.numel() // a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        if rows is not None and rows.columns is None:
+            k = a.shape[-1]
+            yield (rows.rows.unsqueeze(1) * k + torch.arange(k)).reshape(-1)
+            return
     if fa.numel() == fb.numel() and fa.numel() <= 1 << 22:
         oa, ob = torch.argsort(fa, stable=True), torch.argsort(fb, stable=True)
         if bool(((fa[oa] - fb[ob]).abs() <= 1e-8 * scale).all()):
@@ -256,6 +262,7 @@ def present_rows(t: Term) -> Tensor:
 
 def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]) -> list[Match]:
     """All the ways in which the target's sum can be made equal to the reference's."""
+    target, source = _merged(target), _merged(source)
     tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
     ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
     if len(tp) != len(rp) or (not tp and len(ts) != len(rs)):
@@ -271,6 +278,23 @@ def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shap
                 break
     else:
         out += _by_known(target, shape_t, source, shape_r)
+    return out
+
+
+def _merged(terms: list[Term]) -> list[Term]:
+    """Scaled values that stand in different elements (parts of a concatenation) as one."""
+    out: list[Term] = []
+    for t in terms:
+        if t.kind == "scale" and t.value is not None and t.ids is not None:
+            for k, o in enumerate(out):
+                if o.kind == "scale" and o.coef == t.coef and not bool(((o.ids > 0) & (t.ids > 0)).any()):  # type: ignore[operator]
+                    value = torch.where(t.ids > 0, t.value, o.value)  # type: ignore[arg-type]
+                    out[k] = Term("scale", t.coef, value=value, ids=o.ids + t.ids, vid=o.vid)  # type: ignore[operator]
+                    break
+            else:
+                out.append(t)
+        else:
+            out.append(t)
     return out
 
 
@@ -473,13 +497,13 @@ def _region(
         taken[i].append(j)
         left.discard(j)
         both = {p: s for p, s in both.items() if p[0] != i and p[1] != j}
-    for j in sorted(left):  # addends without a partner go where they fit, the finest weight first
+    for j in sorted(left):  # addends without a partner go where they fit, the smallest weight first
         hosts = [i for i in mine if (i, j) in forward]
         if not hosts:
             m.missing += 1
             m.penalty += 4.0
             continue
-        host = max(hosts, key=lambda i: (len(forward[i, j][0]), -i))
+        host = min(hosts, key=lambda i: (len(forward[i, j][0]), i))
         taken[host].append(j)
         m.penalty += 1.0
     for i in mine:
