@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery.mapper.affine import Affine, NotAffine, Term
 from surgery.mapper.record import Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
-from surgery.mapper.unify import Assignment
+from surgery.mapper.unify import Assignment, live
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ class Hypothesis(Affine):
         if all(self.known(i) is not None for i in node.inputs):
             self.compute(node)
             return self.env.get(vid)
-        if self.kind(node) in ("layout", "sum") and (value := self._partly(vid)) is not None:
+        if self.kind(node) in ("layout", "sum", "product") and (value := self._partly(vid)) is not None:
             self.env[vid] = value
             return value
         self.unknown[vid] = self.version
@@ -165,6 +165,9 @@ class Hypothesis(Affine):
         out = []
         for t in super()._product(node, index, shape):
             assert t.site is not None and t.row is not None and t.col is not None
+            if not live(t):  # zero times anything
+                out.append(Term("known", t.coef, value=torch.zeros(shape, dtype=torch.float64)))
+                continue
             value, done = self._settled(t.site.w)
             column = done.flatten(1).all(1) if t.site.conv else done.all(0)
             if not bool(column.any()):

@@ -288,7 +288,7 @@ class Search:
                             seen.add(key)
                             best.append((m, self._score(h, m) - m.penalty - (0.0 if size == n else 0.5), start))
                 found += best
-                if any(b[0].penalty == 0 and b[0].missing == 0 for b in best):
+                if any(b[0].missing == 0 for b in best):
                     break
         if any(f[0].missing == 0 for f in found):
             found = [f for f in found if f[0].missing == 0] + [f for f in found if f[0].missing]

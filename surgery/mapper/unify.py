@@ -45,27 +45,27 @@ class Match:
 
 
 def row_keys(x: Tensor) -> Tensor:
-    """Two sums for each row that no permutation of its elements changes."""
-    return torch.stack([x.sum(1), (x * x).sum(1)], 1)
+    """Sums for each row that no permutation of its elements changes (normalised rows all have sum 0 and square sum K)."""
+    a = x.abs()
+    return torch.stack([a.sum(1), (x * a).sum(1), (x * x * a).sum(1)], 1)
 
 
 def _find_rows(a: Tensor, b: Tensor) -> Tensor | None:
     """For each row of keys a, a row of keys b that equals it (-1: none); equal rows are met in order."""
     if a.shape == b.shape and torch.allclose(a, b, rtol=CLOSE, atol=1e-12):
         return torch.arange(len(a))
-    scale = b.abs().amax(0).clamp_min(1e-300)
-    order = torch.argsort(b[:, 1], stable=True)
-    keys = b[order, 1].contiguous()
-    tol = CLOSE * scale
-    lo = torch.searchsorted(keys, (a[:, 1] - tol[1]).contiguous())
-    hi = torch.searchsorted(keys, (a[:, 1] + tol[1]).contiguous(), right=True)
+    tol = CLOSE * b.abs().amax(0).clamp_min(1e-300)
+    order = torch.argsort(b[:, 0], stable=True)
+    keys = b[order, 0].contiguous()
+    lo = torch.searchsorted(keys, (a[:, 0] - tol[0]).contiguous())
+    hi = torch.searchsorted(keys, (a[:, 0] + tol[0]).contiguous(), right=True)
     out = torch.full((len(a),), -1, dtype=torch.int64)
     taken: dict[int, int] = {}
     for i in range(len(a)):
         if hi[i] - lo[i] > 4096:
             return None
         hits = order[lo[i] : hi[i]]
-        hits = hits[(b[hits, 0] - a[i, 0]).abs() <= tol[0] * 10]
+        hits = hits[((b[hits] - a[i]).abs() <= 10 * tol).all(1)]
         if len(hits):
             key = int(hits[0])
             turn = taken.get(key, 0)
