@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zoo.entry import Recognition as Recognition
     from zoo.entry import Source as Source
     from zoo.errors import ZooError as ZooError
+    from zoo.grafting import graft as graft
     from zoo.hooks import HOOK_API as HOOK_API
     from zoo.hooks import hookimpl as hookimpl
     from zoo.host import Host as Host
@@ -39,6 +40,7 @@ _HOMES = {
     "ZooError": "zoo.errors",
     "entries": "zoo.api",
     "find": "zoo.api",
+    "graft": "zoo.grafting",
     "hookimpl": "zoo.hooks",
     "open": "zoo.api",
     "pull": "zoo.api",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "__version__",
     "entries",
     "find",
+    "graft",
     "hookimpl",
     "open",
     "pull",

@@ -32,6 +32,9 @@ COMMANDS = {
     "list": ("zoo.cli_catalogue:list_", "List the models of the catalogue."),
     "show": ("zoo.cli_catalogue:show", "Show the parts and tensors of a checkpoint, from its headers."),
     "pull": ("zoo.cli_catalogue:pull", "Bring a checkpoint to this machine."),
+    "plan": ("zoo.cli_graft:plan", "Show where each tensor of your module would come from; write nothing."),
+    "graft": ("zoo.cli_graft:graft", "Fill your module with pretrained weights, prove it, and write them."),
+    "verify": ("zoo.cli_graft:verify", "Run the proof of a graft again, from its files."),
     "plugins": ("zoo.cli_plugins:plugins", "List the plugins, and check one."),
 }
 

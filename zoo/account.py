@@ -1,0 +1,141 @@
+"""A graft's report for a person: what came from where, what is new, what was proven and where. Read without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from zoo.out import amount, table
+
+if TYPE_CHECKING:
+    import surgery
+    from surgery.proof import Proof
+    from surgery.report import ReportRow
+
+_MOST = 24  # folded rows of one kind that are shown; a module without repeated blocks may have hundreds
+_WIDTH = 100
+
+# status: (how a person is told of it, what it means), in the order of telling
+_TOLD = {
+    "filled": ("grafted", ""),
+    "synthesised": ("made", "by a rule; the source has no such tensor"),
+    "tied": ("tied", ""),
+    "constant": ("constant", "the module's own values, right as they are"),
+    "kept": ("kept", "from before"),
+    "new": ("new", ""),
+    "dropped": ("dropped", ""),
+}
+
+
+def counts(report: surgery.Report) -> str:
+    """ "75 grafted, 2 new, 3 dropped"."""
+    return ", ".join(f"{count} {_TOLD[status][0]}" for status, count in report.counts.items())
+
+
+def render(report: surgery.Report, *, why: bool = False) -> str:
+    """The whole account."""
+    return "\n".join([*_sections(report, why=why), *proven(report)])
+
+
+def _sections(report: surgery.Report, *, why: bool) -> Iterator[str]:
+    shapes = {row.target: row for row in report.plan.rows}
+    for status, (title, means) in _TOLD.items():
+        rows = [row for row in report.rows if row.status == status]
+        if not rows:
+            continue
+        elements = sum(_elements(shapes[row.name].shape) for row in rows if row.name in shapes)
+        size = f", {amount(elements)} parameters" if elements else ""
+        yield f"{title}: {len(rows)} tensor{'s' * (len(rows) > 1)}{size}{f' ({means})' if means else ''}"
+        yield from _indented(_lines(rows, report, why=why))
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool) -> list[str]:
+    """A line for each row, repeated blocks in one; with `why`, the evidence below it."""
+    from surgery.fold import Line, Ranges, fold, spell_range
+
+    planned = report.plan.by_target
+    ranges = Ranges()
+    lines = []
+    for row in rows:
+        known = planned.get(row.name)
+        shape = f"[{', '.join(map(str, known.shape))}]" if known is not None else ""
+        approximate = f" ({row.kind})" if row.kind in ("approximate", "lossy") else ""
+        said = (row.expr or row.note) + approximate
+        evidence = (known.evidence, *known.alternatives) if why and known is not None else ()
+        lines.append(Line(row.name, (said, *evidence), shape))
+    folded = fold(lines, ranges)
+    shown = [(line.name, str(line.rest), line.texts) for line in folded[: len(folded) if why else _MOST]]
+    names = table([(name, shape) for name, shape, _ in shown]).splitlines()
+    width = max(map(len, names), default=0)
+    found = []
+    for head, (_, _, texts) in zip(names, shown, strict=True):
+        found.append(f"{head:{width}}  {_cut(texts[0], why)}".rstrip())
+        found += [f"    {text}" for text in texts[1:] if text]
+    if len(folded) > len(shown):
+        found.append(f"... and {len(folded) - len(shown)} more; --why shows all")
+    used = [name for name in ranges.numbers if any(f"{{{name}" in line for line in found)]
+    if used:
+        found.append("with " + ", ".join(f"{name} = {spell_range(ranges.numbers[name])}" for name in used))
+    return found
+
+
+def _cut(text: str, whole: bool) -> str:
+    return text if whole or len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+
+
+def proven(report: surgery.Report) -> Iterator[str]:
+    """The verdict, and what it rests on."""
+    if report.proof is not None:
+        yield "proof:"
+        yield from _indented(said(report.proof))
+    for symmetry in report.plan.symmetries:
+        yield f"  any choice is right: {symmetry}"
+    for note in report.plan.notes:
+        yield f"  {note}"
+
+
+def said(proof: Proof) -> Iterator[str]:
+    """What running showed, a sentence each."""
+    yield from dict.fromkeys(proof.sentences)
+
+
+def verdict(report: surgery.Report) -> str:
+    """The answer in one line."""
+    said = {
+        "proven": "the same function, by running both in float64",
+        "adapted": "the same function, but for the rows that are marked",
+        "consistent": "one mapping fits names, shapes and structure; nothing was run",
+        "ambiguous": "more than one mapping fits, and they are not equivalent",
+        "refuted": "it ran, and computes something else",
+    }
+    return f"{report.verdict}: {said[str(report.verdict)]}"
+
+
+def candidates(report: surgery.Report) -> Iterator[str]:
+    """Where several plans fit: each by the rows in which it differs from the others."""
+    plans = report.candidates
+    differing = {
+        row.target for row in (plans[0].rows if plans else ()) if len({str(_expr(p, row.target)) for p in plans}) > 1
+    }
+    for number, plan in enumerate(plans, 1):
+        yield f"candidate {number} (--accept {number}):"
+        rows = [f"{row.target} = {row.expr or row.status}" for row in plan.rows if row.target in differing]
+        yield from _indented(rows[:6])
+        if len(rows) > 6:
+            yield f"  ... and {len(rows) - 6} more"
+
+
+def _expr(plan: surgery.Plan, target: str) -> object:
+    row = plan.by_target.get(target)
+    return row.expr if row is not None else None
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    yield from (f"  {line}" for line in lines)

@@ -1,0 +1,342 @@
+"""`zoo plan`, `zoo graft` and `zoo verify`: weights into a person's own module, and the proof of it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo import account
+from zoo.cli import command, host_for
+from zoo.errors import NO, ZooError
+from zoo.out import Out
+
+if TYPE_CHECKING:
+    import surgery
+    from zoo.grafting import Source
+    from zoo.target import Target
+
+_REQUIRE = ("proven", "adapted", "consistent")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options that say what is grafted into what."""
+
+    ref: str
+    file: str
+    part: str | None
+    revision: str | None
+    sets: tuple[str, ...]
+    fit: bool
+    seed: int
+    example: str | None
+    into: str
+    init: str | None
+    plan: str | None
+    static: bool
+    accept: int | None
+    require: str
+    why: bool
+
+
+def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments and options of plan and graft, gathered in one `Asked`."""
+
+    @click.argument("ref")
+    @click.argument("file", metavar="FILE[:CLASS]")
+    @click.option("--part", help="The same as REF#PART.")
+    @click.option("--revision", help="The same as REF@REVISION.")
+    @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="An argument of your class; repeatable.")
+    @click.option("--fit", is_flag=True, help="Take the arguments that the checkpoint's config.json has.")
+    @click.option("--seed", default=0, show_default=True, help="Of the random weights that stay: those of new tensors.")
+    @click.option("--example", metavar="FILE:FUNC", help="Where inputs for forward come from; else example() in FILE.")
+    @click.option("--into", default="", metavar="PATH", help="Graft into this submodule, as in encoder.text.")
+    @click.option("--init", metavar="OWN.safetensors", help="Start from your own weights; what stays is kept, not new.")
+    @click.option("--plan", metavar="PLAN.graft.toml", help="Apply this plan, edited or not; nothing is searched.")
+    @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
+    @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
+    @click.option("--require", type=click.Choice(_REQUIRE), default="consistent", help="The least verdict to accept.")
+    @click.option("--why", is_flag=True, help="Show every row, with its evidence.")
+    @wraps(function)
+    def wrapped(out: Out, **options: Any) -> Any:
+        own = {name: options.pop(name) for name in ("output", "force") if name in options}
+        return function(out, Asked(**options), **own)
+
+    return wrapped
+
+
+@command("plan", "Show where each tensor of your module would come from, and prove it. Writes nothing.")
+@_asks
+def plan(out: Out, asked: Asked) -> int:
+    job = _prepare(out, asked)
+    report = _operate(job, asked, force=False)
+    _tell(out, job, asked, report, [])
+    if _accepted(report, asked, force=False):
+        out.hint(f"zoo graft {asked.ref} {asked.file} writes the weights")
+    else:
+        _remedies(out, asked, report)
+    return 0 if _accepted(report, asked, force=False) else NO
+
+
+@command("graft", "Fill your module with pretrained weights, prove it, and write them beside it.")
+@_asks
+@click.option("-o", "--output", metavar="OUT.safetensors", help="Where to; the plan is written beside it.")
+@click.option("--force", is_flag=True, help="Write although the answer is no.")
+def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
+    from zoo import written
+
+    weights = written.destination(output, asked.file)
+    written.check_free(weights, asked.plan)
+    job = _prepare(out, asked)
+    report = _operate(job, asked, force=force)
+    good = _accepted(report, asked, force=force)
+    wrote = []
+    if good:
+        wrote = written.write(job.target.model, report.plan, weights, verdict=str(report.verdict))
+    _tell(out, job, asked, report, wrote)
+    if good:
+        name = weights.name if weights.parent == Path() else weights
+        out.hint(f'model.load_state_dict(safetensors.torch.load_file("{name}"))')
+    else:
+        _remedies(out, asked, report)
+    return 0 if good else NO
+
+
+@command("verify", "Run the proof again, from the files that a graft wrote.")
+@click.argument("ref")
+@click.argument("file", metavar="FILE[:CLASS]")
+@click.option("--part", help="The same as REF#PART.")
+@click.option("--revision", help="The same as REF@REVISION.")
+@click.option("--weights", metavar="OUT.safetensors", help="The weights, with their plan beside them; else FILE's.")
+@click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="An argument of your class; repeatable.")
+@click.option("--fit", is_flag=True, help="Take the arguments that the checkpoint's config.json has.")
+@click.option("--example", metavar="FILE:FUNC", help="Where inputs for forward come from; else example() in FILE.")
+@click.option("--into", default="", metavar="PATH", help="The submodule that was grafted into.")
+@click.option("--on", "passes", multiple=True, metavar="DEVICE/DTYPE", help="As in cuda/bfloat16; repeatable.")
+def verify(
+    out: Out,
+    ref: str,
+    file: str,
+    part: str | None,
+    revision: str | None,
+    weights: str | None,
+    sets: tuple[str, ...],
+    fit: bool,
+    example: str | None,
+    into: str,
+    passes: tuple[str, ...],
+) -> int:
+    from zoo import written
+
+    path = written.destination(weights, file)
+    made = written.read(path)
+    asked = Asked(
+        ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False
+    )
+    job = _prepare(out, asked)
+    wrong = written.differences(made, job.source, job.target.model, into)
+    if job.probe is None:
+        raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
+    import surgery
+
+    with _running(job.target):
+        proof = surgery.verify(
+            job.source.checkpoint, job.target.model, made.plan, probe=job.probe, passes=passes or ("cpu/float64",)
+        )
+    good = not wrong and proof.verdict in ("proven", "adapted")
+    verdict = proof.verdict if good or proof.verdict not in ("proven", "adapted") else "differs"
+    message = "; ".join([*wrong, *([proof.message] if proof.message else [])])
+    thing = {"verdict": verdict, "rows": [], "proof": proof.as_dict(), "wrote": [], "message": message}
+
+    def human() -> str:
+        lines = [f"{job.source.ref} -> {job.target}, weights {path}", *account.said(proof)]
+        return "\n".join([*lines, f"{verdict}: {message}" if message else verdict])
+
+    out.data(thing, human, lambda: verdict)
+    if wrong:
+        out.hint(f"zoo graft {ref} {file} -o {path} --plan {made.path} applies the plan as it is, and verifies it")
+    return 0 if good else NO
+
+
+# ---------------------------------------------------------------------------------------------------- the work
+
+
+@dataclass(frozen=True)
+class Job:
+    """Both sides, and how they are run."""
+
+    source: Source
+    target: Target
+    probe: surgery.Probe | None
+    notes: tuple[str, ...] = ()
+
+
+def _prepare(out: Out, asked: Asked) -> Job:
+    """Everything that can be wrong with what was asked is found here, the person's own file first."""
+    from zoo import api, grafting, target
+
+    target.split(asked.file)
+    host = host_for(out)
+    host.pick(asked.ref)
+    made = None if asked.fit else target.load(asked.file, sets=asked.sets, seed=asked.seed)
+    hub = api.make_hub(host, quiet=not out.progress)
+    source = grafting.resolve(asked.ref, part=asked.part, revision=asked.revision, of=host, hub=hub)
+    for passed in source.located.passed_over:
+        out.note(f"passed over {passed}")
+    if made is None:
+        made = target.load(asked.file, sets=asked.sets, config=source.config, seed=asked.seed)
+    for note in made.notes:
+        out.note(note)
+    if asked.init is not None:
+        from zoo import written
+
+        written.start_from(made.model, asked.init)
+    if asked.into:
+        grafting.submodule(made.model, asked.into)
+    if asked.static:
+        return Job(source, made, None, ("nothing was run, as --static asks",))
+    with _offers_static():
+        runnable = source.reference()
+    if runnable is None:
+        return Job(source, made, None, (f"{source.unrunnable()}; nothing was run",))
+    example = target.example_of(made, asked.example)
+    probe, notes = grafting.probe_for(
+        runnable, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
+    )
+    return Job(source, made, probe, notes)
+
+
+@contextlib.contextmanager
+def _offers_static() -> Iterator[None]:
+    try:
+        yield
+    except ZooError as error:
+        if error.kind == "extra":
+            error.hint += "; or --static, which runs nothing and proves nothing"
+        raise
+
+
+def _operate(job: Job, asked: Asked, *, force: bool) -> surgery.Report:
+    """The graft, in memory. An answer that is no comes back as its report; anything else that is wrong is raised."""
+    from dataclasses import replace
+
+    import surgery
+
+    job.source.hashing()
+    given = surgery.Plan.load(asked.plan) if asked.plan is not None else None
+    least = "refuted" if force else asked.require
+    try:
+        report = _graft(job, asked, given, least)
+    except surgery.GraftError as error:
+        if error.report is None:
+            raise
+        report = error.report
+        if asked.accept is not None and report.candidates:
+            report = _take(job, asked, report, least)
+    if report.plan.rows:
+        report = replace(report, plan=job.source.stamped(report.plan))
+    return report
+
+
+def _take(job: Job, asked: Asked, report: surgery.Report, least: str) -> surgery.Report:
+    """The candidate that was asked for, applied and run like any plan."""
+    import surgery
+
+    assert asked.accept is not None
+    if asked.accept > len(report.candidates):
+        raise ZooError(f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}")
+    try:
+        return _graft(job, asked, report.candidates[asked.accept - 1], "refuted" if least == "refuted" else "ambiguous")
+    except surgery.GraftError as error:
+        if error.report is None:
+            raise
+        return error.report
+
+
+def _graft(job: Job, asked: Asked, given: surgery.Plan | None, least: str) -> surgery.Report:
+    import surgery
+
+    with _running(job.target):
+        return surgery.graft(
+            job.source.checkpoint, job.target.model, probe=job.probe, plan=given, into=asked.into, require=least
+        )
+
+
+@contextlib.contextmanager
+def _running(target: Target) -> Iterator[None]:
+    """While a person's forward runs: what it prints goes to stderr, what it raises is said with its line."""
+    import traceback
+
+    from surgery import SurgeryError
+    from zoo.target import FAULTS, theirs
+
+    home = str(target.file.resolve().parent)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (SurgeryError, ZooError):
+        raise
+    except FAULTS as error:
+        if any(frame.filename.startswith(home) for frame in traceback.extract_tb(error.__traceback__)):
+            raise theirs("forward raised", target.file, error) from error
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------- the answer
+
+
+def _rank(verdict: str) -> int:
+    from surgery import Verdict
+
+    return Verdict(verdict).rank
+
+
+def _accepted(report: surgery.Report, asked: Asked, *, force: bool) -> bool:
+    if force or (asked.accept is not None and str(report.verdict) == "ambiguous" and not report.candidates):
+        return True
+    return report.verdict.rank >= _rank(asked.require)
+
+
+def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[Path]) -> None:
+    thing: Mapping[str, Any] = {
+        **report.as_dict(),
+        "ref": job.source.ref,
+        "source": job.source.located.where,
+        "target": str(job.target),
+        "notes": [*report.plan.notes, *job.notes],
+        "wrote": [str(path) for path in wrote],
+    }
+
+    def human() -> str:
+        head = out.style(f"{job.source.ref} -> {job.target}", "bold")
+        lines = [head, f"from {job.source.located.where}", ""]
+        if report.rows:
+            lines.append(account.render(report, why=asked.why))
+        lines += account.candidates(report)
+        lines += [f"  {note}" for note in job.notes]
+        good = report.verdict.rank >= _rank("consistent")
+        lines.append(out.style(account.verdict(report), "green" if good else "red"))
+        if report.message and not (good and report.message in lines):
+            lines.append(report.message)
+        if report.rows:
+            lines.append(account.counts(report))
+        lines += [f"{'wrote' if i == 0 else '     '} {path}" for i, path in enumerate(wrote)]
+        return "\n".join(lines)
+
+    out.data(thing, human, lambda: str(wrote[0]) if wrote else str(report.verdict))
+
+
+def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
+    if str(report.verdict) == "ambiguous" and report.candidates:
+        out.hint("--accept N takes a candidate; an example() that tells them apart is better")
+    elif str(report.verdict) == "refuted":
+        out.hint("nothing was written; correct the module where they part, or write all the same with --force")
+    elif report.verdict.rank < _rank(asked.require):
+        out.hint(f"nothing was written: {report.verdict} is less than {asked.require}, which is required")
