@@ -156,6 +156,7 @@ class Affine:
         self.next = n
         self.virtual: dict[tuple[int, str], Virtual] = {}
         self.memo: dict[int, list[Term]] = {}
+        self.ends: dict[int, bool] = {}
 
     # -- what a node is -----------------------------------------------------------------------------------------------
     def weight_only(self, vid: int) -> bool:
@@ -262,7 +263,7 @@ class Affine:
         elif not self.cut and (k := self.known(vid)) is not None:
             out = [Term("known", 1.0, value=k, vid=vid)]
         else:
-            out = self._node_terms(vid)
+            out = self._node_terms(vid, root)
         if root:
             self.memo[vid] = out
         return out
@@ -276,23 +277,34 @@ class Affine:
         return self.atom(vid)
 
     def is_end(self, vid: int) -> bool:
-        """A non-linear operation consumes it, or it is an output."""
-        return any(
-            self.kind(self.tape.nodes[c]) in ("barrier", "scale") or self._as_rows(c, vid)
-            for c in self.tape.consumers[vid]
-        )
+        """A non-linear operation consumes it, as it is or moved, or it is the known factor of a product."""
+        found = self.ends.get(vid)
+        if found is None:
+            found = False
+            for c in self.tape.consumers[vid]:
+                node = self.tape.nodes[c]
+                kind = self.kind(node)
+                if (
+                    kind in ("barrier", "scale")
+                    or self._as_rows(c, vid)
+                    or (kind == "layout" and any(self.is_end(o) for o in node.outs if o >= 0))
+                ):
+                    found = True
+                    break
+            self.ends[vid] = found
+        return found
 
     def _as_rows(self, consumer: int, vid: int) -> bool:
         """Is it the known factor of a product?"""
         node = self.tape.nodes[consumer]
         return self.kind(node) == "product" and not self.weight_only(vid)
 
-    def _node_terms(self, vid: int) -> list[Term]:
+    def _node_terms(self, vid: int, root: bool) -> list[Term]:
         v = self.tape.values[vid]
         node = self.tape.nodes[v.node]
         kind = self.kind(node)
         if kind == "layout":
-            return self._layout(node, v.out)
+            return self._layout(node, v.out, root)
         if kind == "sum":
             return self._sum(node, v.shape)
         if kind == "product":
@@ -323,7 +335,7 @@ class Affine:
             op = aten.reshape.default
         return op(*tree_map(put, node.args), **tree_map(put, node.kwargs))
 
-    def _layout(self, node: Node, out: int) -> list[Term]:
+    def _layout(self, node: Node, out: int, root: bool) -> list[Term]:
         name = base(node.op)
         values = self.tape.values
         if name in ("index", "gather", "index_select"):
@@ -335,7 +347,7 @@ class Affine:
         result: list[Term] = []
         kwargs_free = name in ("_to_copy", "clone", "copy")
         for i in dict.fromkeys(moved):
-            for term in self.terms(i, root=False):
+            for term in self.terms(i, root=root):  # what is moved is still the whole value
 
                 def one(t: Tensor, i: int = i) -> Tensor:
                     if kwargs_free:

@@ -293,7 +293,7 @@ class Recorder(TorchDispatchMode):
     # -- values -------------------------------------------------------------------------------------------------------
     def add(self, t: Tensor, value: Value) -> int:
         vid = len(self.tape.values)
-        if value.origin == "node" and value.data:
+        if value.origin == "node" and (value.data or value.weights):
             value.fingerprint = fingerprint(t)
         size = t.numel() * t.element_size()
         if value.origin != "param" and (not t.is_floating_point() or size <= self.budget):

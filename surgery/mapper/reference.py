@@ -82,7 +82,7 @@ class Reference(Affine):
     def _leaves(self, vid: int, pure: set[int]) -> bool:
         return any(o not in pure for c in self.tape.consumers[vid] for o in self.tape.nodes[c].outs if o >= 0)
 
-    def closure(self, vids: list[int], limit: int = 48) -> list[int]:
+    def closure(self, vids: list[int], limit: int = 400) -> list[int]:
         """Values that are these, moved or added to: ends first."""
         seen, queue = dict.fromkeys(vids), list(vids)
         while queue and len(seen) < limit:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import NotAffine, Term, apart
+from surgery.mapper.affine import NotAffine, Term, apart, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
-from surgery.mapper.unify import Match, live, match_rows, match_sites, present_rows, unify
+from surgery.mapper.unify import Assignment, Match, function, live, match_rows, match_sites, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed
@@ -100,8 +100,10 @@ class Search:
             v for v in node.inputs if h.tape.values[v].dtype.is_floating_point or h.tape.values[v].dtype.is_complex
         ]
         if not any(h.tape.values[o].data for o in node.outs if o >= 0) and node.op != "sync" and node.op not in SYNC:
-            h.at += 1
-            return [h]
+            out = self._weights_meet(h, node)
+            for g in out:
+                g.at += 1
+            return out
         if any(v in h.tainted for v in node.inputs):
             h.taint(node)
             h.at += 1
@@ -134,6 +136,42 @@ class Search:
             g.at += 1
             out.append(g)
         return out
+
+    def _weights_meet(self, h: Hypothesis, node: Node) -> list[Hypothesis]:
+        """A product of weights with weights (a learned query): settled as the reference's products of that shape are."""
+        if h.kind(node) != "virtual" or base(node.op) not in ("mm", "bmm"):
+            return [h]
+        args = [a.vid for a in node.args[:2]]
+        if all(h.known(v) is not None for v in args):
+            return [h]
+        shapes = [h.tape.values[v].shape for v in args]
+        ref = self.reference
+        out = []
+        for other in ref.tape.nodes:
+            if base(other.op) != base(node.op) or ref.kind(other) != "virtual":
+                continue
+            theirs = [a.vid for a in other.args[:2]]
+            if [ref.tape.values[v].shape for v in theirs] != shapes:
+                continue
+            g = h.fork()
+            pairs = [
+                function(g.weight_matrix(a).reshape(-1).to(torch.int64), ref.weight_matrix(b).reshape(-1).to(torch.int64))
+                for a, b in zip(args, theirs, strict=True)
+            ]
+            if any(p is None for p in pairs):
+                continue
+            if g.settle([Assignment(p[0], [p[1]]) for p in pairs if p is not None]):
+                out += self._settle(g, self._chain_end(g, node.outs[0]))
+        return [g for g in out if self._chain_end(g, node.outs[0]) not in g.tainted] or [h]
+
+    def _chain_end(self, h: Hypothesis, vid: int) -> int:
+        """What a value becomes while it is only moved and added to."""
+        while len(h.tape.consumers[vid]) == 1:
+            node = h.tape.nodes[h.tape.consumers[vid][0]]
+            if h.kind(node) not in ("layout", "sum", "virtual") or len(node.outs) != 1 or not h.weight_only(node.outs[0]):
+                break
+            vid = node.outs[0]
+        return vid
 
     def _check(self, h: Hypothesis, node: Node) -> Hypothesis:
         """Python looked at a value while the target ran with other weights: where it saw another, run it again."""
@@ -326,8 +364,10 @@ class Search:
             return out
         scales = [t for t in terms if t.kind == "scale"]
         if scales:
-            f = fingerprint(h.known(scales[0].vid)) if scales[0].vid >= 0 else None  # type: ignore[arg-type]
-            twins = set(ref.index.find(f))
+            twins = set()
+            for value in (h.known(scales[0].vid) if scales[0].vid >= 0 else None, scales[0].value):
+                if value is not None:
+                    twins.update(ref.index.find(fingerprint(value)))
             for i in ref.scales:
                 node = ref.tape.nodes[i]
                 if any(v in twins for v in node.inputs):

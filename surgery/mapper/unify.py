@@ -82,23 +82,32 @@ class Rows:
     columns: Tensor | None  # for each target column, the reference's; None: the same
 
 
-def match_rows(x: Tensor, present: Tensor, y: Tensor) -> Rows | None:
+def match_rows(x: Tensor, present: Tensor, y: Tensor, part: bool = True) -> Rows | None:
     """x [N, K] (only the rows `present` count) against y [N', K]: rows of x found among the rows of y."""
     if x.shape[1] != y.shape[1]:
         return None
     probe = present[torch.linspace(0, len(present) - 1, min(4, len(present))).long()]
-    ky = row_keys(y)
-    quick = _find_rows(row_keys(x[probe]), ky)
-    if quick is None or bool((quick < 0).any()):
-        return None
-    if len(present) == len(x) and x.shape == y.shape and torch.allclose(row_keys(x), ky, rtol=CLOSE, atol=1e-12):
+    kx, ky = row_keys(x), row_keys(y)
+    if len(present) == len(x) and x.shape == y.shape and torch.allclose(kx, ky, rtol=CLOSE, atol=1e-12):
         found = torch.arange(len(x))
     else:
-        got = _find_rows(row_keys(x[present]), ky)
-        if got is None or bool((got < 0).any()):
+        quick = _find_rows(kx[probe], ky)
+        if quick is None:
             return None
         found = torch.full((len(x),), -1, dtype=torch.int64)
-        found[present] = got
+        if bool((quick < 0).any()):
+            if not part:
+                return None
+            back = _find_rows(ky, kx[present])  # the reference may need some of these rows only
+            if back is None or bool((back < 0).any()):
+                return None
+            found[present[back]] = torch.arange(len(y))
+            probe = present[back[torch.linspace(0, len(y) - 1, min(4, len(y))).long()]]
+        else:
+            got = _find_rows(kx[present], ky)
+            if got is None or bool((got < 0).any()):
+                return None
+            found[present] = got
     a, b = x[probe], y[found[probe]]
     scale = b.abs().max().clamp_min(1e-300)
     if bool(((a - b).abs() <= 1e-8 * scale).all()):
@@ -194,8 +203,8 @@ def align_products(
         column = torch.zeros(int(ct.max()) + 1, dtype=torch.int64)
         column[seen_t] = chosen
         e = torch.full_like(rt, -1)
-        e[pt] = table[mapped[pt], column[ct[pt]]]
-        if bool((e[pt] >= 0).all()):
+        e[pt] = torch.where(mapped[pt] > 0, table[mapped[pt].clamp_min(0), column[ct[pt]]], -1)
+        if bool((e[pt & (mapped > 0)] >= 0).all()):
             yield e, seen_t - 1, chosen - 1, penalty
 
 
@@ -334,6 +343,9 @@ def _by_products(
                 ok = False
                 break
             pt = (_flat(t.row) > 0) & (e >= 0)
+            if not bool(pt.any()):
+                ok = False
+                break
             pair = function(_flat(t.col)[pt], _flat(r.col)[e[pt]])
             if pair is None or bool((pair[1] == 0).any()):
                 ok = False
