@@ -1,0 +1,342 @@
+"""plan, graft, verify: find a mapping, prove it, apply it atomically.
+
+The order is plan -> account -> stage -> prove -> write. Nothing of the target changes before the verdict is known, so
+that a refusal leaves it as it was, and so does an exception.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint import Checkpoint, TensorInfo
+from surgery.checkpoint import open as open_checkpoint
+from surgery.errors import GraftError, PlanError, SurgeryError
+from surgery.plan import Plan, Row, Stamp, Status
+from surgery.probe import Probe
+from surgery.proof import Proof
+from surgery.report import Report, Verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Source = str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint
+
+KEPT = "filled by an earlier graft"
+
+
+def plan(
+    source: Source,
+    target: nn.Module,
+    *,
+    probe: Probe | None = None,
+    rules: Iterable[object] = (),
+    into: str = "",
+    kept: Iterable[str] = (),
+) -> Plan:
+    """Find the mapping; change nothing. `into` names a submodule to graft into, to which the plan's rows are relative.
+    `kept` names tensors of `target` that hold values worth keeping, such as a checkpoint that was loaded before; what
+    an earlier graft filled counts as such by itself. They are kept where the source does not fill them, and not
+    called new. Where several mappings fit, the verdict is "ambiguous" and `candidates` holds them."""
+    from surgery.judge import untouched_generators
+
+    _no_rules(rules)
+    module = _submodule(target, into)
+    with untouched_generators():
+        return _find(open_checkpoint(source), module, probe, _inside(kept, into, target))
+
+
+def graft(
+    source: Source,
+    target: nn.Module,
+    *,
+    probe: Probe | None = None,
+    plan: Plan | None = None,
+    rules: Iterable[object] = (),
+    into: str = "",
+    require: str = "consistent",
+    allow_different: Sequence[str] = (),
+    kept: Iterable[str] = (),
+) -> Report:
+    """Plan (unless a plan is given), prove where there is a probe, and write the values into `target`.
+
+    The report speaks of all of `target`'s tensors, by their full names, also with `into`. A verdict below `require`
+    raises a GraftError that carries the report, and leaves the target as it was: values, types, device, flags, hooks.
+    Tensors on the meta device are assigned; others are copied into, so that ties and optimizers hold.
+    """
+    from surgery import apply
+    from surgery.judge import untouched_generators
+
+    needed = _verdict(require)
+    _no_rules(rules)
+    module = _submodule(target, into)
+    _check_allowed(module, allow_different)
+    checkpoint = open_checkpoint(source)
+    kept = frozenset(kept)
+    inside = _inside(kept, into, target)
+    with untouched_generators():
+        if plan is None:
+            found = _find(checkpoint, module, probe, inside)
+        else:
+            found = _with_kept(_relative(plan, module, into), module, inside)
+        proof: Proof | None = None
+        if found.verdict not in ("ambiguous", "refuted") or plan is not None:
+            found.check(checkpoint, infos(module))
+            staged = apply.stage(found, checkpoint, module)
+            found, proof = _judged(checkpoint, module, found, probe, given=plan is not None)
+        report = _report(found, proof, checkpoint, target, into, kept)
+        if allow_different and report.verdict is Verdict.REFUTED and proof is not None:
+            _refuse_departure(proof, allow_different, report)
+        if report.verdict.rank < needed.rank:
+            raise _refusal(report, needed)
+        if proof is None and found.verdict in ("ambiguous", "refuted"):
+            found.check(checkpoint, infos(module))
+            staged = apply.stage(found, checkpoint, module)
+        apply.write(module, staged)
+        del staged
+        done = {r.target for r in found.rows if r.status in (Status.FILLED, Status.SYNTHESISED, Status.CONSTANT)}
+        done |= {r.target for r in found.rows if r.tied_to in done}
+        apply.remember(module, frozenset(done))
+    return report
+
+
+def verify(
+    source: Source,
+    target: nn.Module,
+    plan: Plan,
+    *,
+    probe: Probe,
+    passes: Sequence[str] = ("cpu/float64",),
+    into: str = "",
+) -> Proof:
+    """Prove a plan again: what `target` would compute with it against the reference, in each of `passes`
+    ("device/type"). Changes nothing. The float64 proof is always run; a pass whose device is not there is listed as
+    not run."""
+    from surgery.judge import Judge, untouched_generators
+    from surgery.passes import parse
+
+    for name in passes:
+        parse(name)
+    module = _submodule(target, into)
+    checkpoint = open_checkpoint(source)
+    relative = _relative(plan, module, into)
+    relative.check(checkpoint, infos(module))
+    with untouched_generators():
+        return Judge(checkpoint, module, relative, probe).prove(passes)
+
+
+def infos(module: nn.Module) -> dict[str, TensorInfo]:
+    """What a checkpoint of the module would hold."""
+    from surgery.memory import info_of
+    from surgery.running import own_tensors
+
+    return {name: info_of(t) for name, t in own_tensors(module).items()}
+
+
+# -- the steps --------------------------------------------------------------------------------------------------------
+def _find(source: Checkpoint, module: nn.Module, probe: Probe | None, kept: frozenset[str]) -> Plan:
+    from surgery import mapper
+
+    found = _with_kept(mapper.find(source, module, probe), module, kept)
+    if not found.source.structure:
+        found = replace(found, source=Stamp.of(source, source.source), verdict_for=None)
+    if not found.target.structure:
+        found = replace(found, target=Stamp.of(infos(module), type(module).__name__), verdict_for=None)
+    if probe is None and found.verdict is None:
+        found = found.with_verdict("consistent")
+    return found
+
+
+def _judged(
+    source: Checkpoint, module: nn.Module, found: Plan, probe: Probe | None, *, given: bool
+) -> tuple[Plan, Proof | None]:
+    """The plan with the verdict that running gives; without a probe, the one that it has."""
+    from surgery.judge import Judge
+
+    if probe is not None:
+        proof = Judge(source, module, found, probe).prove()
+        symmetries = dict.fromkeys((*found.symmetries, *proof.symmetries))
+        stamped = replace(
+            found,
+            source=replace(found.source, structure=source.structure_hash()),
+            target=Stamp.of(infos(module), found.target.description or type(module).__name__),
+        )
+        return stamped.with_verdict(proof.verdict, proven=proof.sentences, symmetries=tuple(symmetries)), proof
+    if given:
+        # Nothing was run now. What is known is what the plan says of itself, if it still is the plan that it was said
+        # of.
+        said = found.verdict_on(source, infos(module))
+        if said in (None, "stale"):
+            note = "the plan was given; it was checked, and nothing was run"
+            return replace(found.with_verdict("consistent"), notes=(*found.notes, note)), None
+    return found, None
+
+
+def _report(
+    found: Plan, proof: Proof | None, source: Checkpoint, target: nn.Module, into: str, kept: frozenset[str]
+) -> Report:
+    message = proof.message if proof is not None else ""
+    if not message and proof is None and found.verdict == "consistent":
+        message = "exactly one mapping fits names, shapes and structure; nothing was run"
+    full = _full(found, target, into, kept) if into else found
+    return Report.of(
+        full, found.verdict or "ambiguous", proof=proof, message=message, dtype_of=lambda name: source[name].dtype
+    )
+
+
+def _refusal(report: Report, needed: Verdict) -> GraftError:
+    hints = {
+        Verdict.AMBIGUOUS: "Give a probe, or choose one of report.candidates and pass it as plan=.",
+        Verdict.REFUTED: "See report.proof.divergence; require='refuted' writes the values all the same.",
+        Verdict.CONSISTENT: "Give a probe: only running can prove it.",
+        Verdict.ADAPTED: "Rows of an approximate op cannot be proven; require='adapted' takes them.",
+    }
+    why = f": {report.message}" if report.message else ""
+    return GraftError(
+        f"{report.verdict}, and {needed} is required{why}", hint=hints.get(report.verdict, ""), report=report
+    )
+
+
+def _check_allowed(module: nn.Module, allowed: Sequence[str]) -> None:
+    known = {name for name, _ in module.named_modules()}
+    for name in allowed:
+        if name not in known:
+            raise GraftError(
+                f"allow_different names {name}, which the target does not have", hint="Name one of its modules."
+            )
+
+
+def _refuse_departure(proof: Proof, allowed: Sequence[str], report: Report) -> None:
+    """A departure that is meant would have to be proven around, block by block."""
+    where = proof.divergence.target_module if proof.divergence is not None else ""
+    within = [name for name in allowed if where == name or where.startswith(f"{name}.")]
+    if within:
+        raise GraftError(
+            f"the target departs from the source in {within[0]}, as allowed; but proving the rest around a departure, "
+            "block by block, is not possible yet, so that nothing can be said of the rest",
+            hint="require='refuted' writes the values without a proof.",
+            report=report,
+        )
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+def _submodule(target: nn.Module, into: str) -> nn.Module:
+    try:
+        return target.get_submodule(into)
+    except AttributeError:
+        import difflib
+
+        known = [name for name, _ in target.named_modules() if name]
+        close = difflib.get_close_matches(into, known, n=3) or known[:3]
+        raise GraftError(
+            f"the target has no submodule {into}", hint=f"Did you mean {' or '.join(close)}?" if close else ""
+        ) from None
+
+
+def _inside(kept: Iterable[str], into: str, target: nn.Module) -> frozenset[str]:
+    """The names relative to the submodule, of those tensors to keep that lie in it."""
+    from surgery.running import own_tensors
+
+    names = frozenset(kept)
+    unknown = names - own_tensors(target).keys()
+    if unknown:
+        raise GraftError(
+            f"kept names {min(unknown)}, which the target does not have", hint="Name tensors of its state dict."
+        )
+    prefix = f"{into}." if into else ""
+    return frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+
+
+def _with_kept(found: Plan, module: nn.Module, named: frozenset[str]) -> Plan:
+    """New rows that hold an earlier graft's values, or values that the person named, are kept."""
+    from surgery.apply import filled
+
+    before = filled(module)
+    rows = tuple(
+        replace(row, status=Status.KEPT, note=KEPT if row.target in before else "kept, as asked for")
+        if row.status is Status.NEW and (row.target in before or row.target in named)
+        else row
+        for row in found.rows
+    )
+    if rows == found.rows:
+        return found
+    changed = replace(found, rows=rows, verdict=None, verdict_for=None)
+    candidates = tuple(_with_kept(c, module, named) for c in found.candidates)
+    changed = replace(changed, candidates=candidates)
+    return changed if found.verdict in (None, "stale") else changed.with_verdict(found.verdict, proven=found.proven)
+
+
+def _relative(plan: Plan, module: nn.Module, into: str) -> Plan:
+    """A plan as it speaks of the submodule: a report's plan, whose rows have full names, is cut to it."""
+    if not into:
+        return plan
+    names, prefix = infos(module).keys(), f"{into}."
+    if all(row.target in names for row in plan.rows) or not any(row.target.startswith(prefix) for row in plan.rows):
+        return plan
+    rows = []
+    for row in plan.rows:
+        if not row.target.startswith(prefix):
+            continue
+        tied = row.tied_to
+        if tied is not None and not tied.startswith(prefix):
+            raise PlanError(
+                f"{row.target} is tied to {tied}, outside of {into}",
+                hint="Apply the plan to the whole module, without into.",
+            )
+        rows.append(replace(row, target=row.target.removeprefix(prefix), tied_to=tied and tied.removeprefix(prefix)))
+    description = type(module).__name__
+    return replace(plan, rows=tuple(rows), target=Stamp.of(infos(module), description), verdict=None, verdict_for=None)
+
+
+def _full(found: Plan, target: nn.Module, into: str, kept: frozenset[str]) -> Plan:
+    """The plan as it speaks of the whole module: full names, and what lies outside is kept, constant or new."""
+    from surgery.apply import filled
+    from surgery.running import own_tensors
+
+    prefix = f"{into}."
+    moved = {
+        prefix + r.target: replace(r, target=prefix + r.target, tied_to=prefix + r.tied_to if r.tied_to else None)
+        for r in found.rows
+    }
+    before, own = filled(target) | kept, own_tensors(target)
+    inner = {id(own[name]): name for name in reversed(moved) if name in own and moved[name].tied_to is None}
+    rows: list[Row] = []
+    for name, info in infos(target).items():
+        if name in moved:
+            rows.append(moved[name])
+            continue
+        shape, dtype, note = tuple(info.shape), info.dtype, f"outside of {into}"
+        if id(own[name]) in inner:
+            rows.append(Row(name, Status.TIED, None, shape, dtype, tied_to=inner[id(own[name])]))
+            continue
+        inner[id(own[name])] = name
+        if name in before:
+            rows.append(Row(name, Status.KEPT, None, shape, dtype, note=f"{note}, kept"))
+        elif own[name].is_floating_point():
+            rows.append(Row(name, Status.NEW, None, shape, dtype, note=note))
+        else:
+            rows.append(Row(name, Status.CONSTANT, None, shape, dtype, note=note))
+    stamp = Stamp.of(infos(target), type(target).__name__)
+    candidates = tuple(_full(c, target, into, kept) for c in found.candidates)
+    whole = replace(
+        found, rows=tuple(rows), target=stamp, candidates=candidates, verdict=None, verdict_for=None, proven=()
+    )
+    if found.verdict is None:
+        return whole
+    return whole.with_verdict(found.verdict, proven=found.proven)
+
+
+def _verdict(require: str) -> Verdict:
+    try:
+        return Verdict(require)
+    except ValueError:
+        raise SurgeryError(
+            f"require={require!r} is no verdict", hint=f"One of {', '.join(v.value for v in Verdict)}."
+        ) from None
+
+
+def _no_rules(rules: Iterable[object]) -> None:
+    for rule in rules:
+        raise SurgeryError(f"unknown rule {rule!r}", hint="No rules are registered; edit the rows of a plan instead.")

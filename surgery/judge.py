@@ -1,0 +1,435 @@
+"""The judge: runs the reference and the grafted target on inputs that the search did not see, and says what that shows.
+
+Both run as float64 twins, the target with the plan's values unrounded, so that one fixed gate (1e-12 relative)
+separates the same function from another one. What is compared: the outputs that run_target returns; or, without
+run_target, the reference's outputs wherever they occur among the target's activations (the proof surface). Tensors
+that the plan leaves new are given other values than they have, so that nothing found on the surface can depend on
+them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from surgery import attribution, passes, surface
+from surgery.checkpoint import Checkpoint
+from surgery.divergence import diverge
+from surgery.errors import GraftError
+from surgery.exercise import Exercise, NotFaithful
+from surgery.expr import kind, names
+from surgery.link import link
+from surgery.mapper.record import NotRecordable, Tape, record
+from surgery.plan import Plan, Status
+from surgery.probe import Probe
+from surgery.proof import GATE, PassResult, Proof
+from surgery.running import MADE, Call, Side, all_tensors, build, own_tensors, perturbed, unrounded
+from surgery.surface import INF, Place
+
+
+@dataclass
+class Comparison:
+    """Both sides on all inputs, in float64."""
+
+    residuals: dict[str, float] = field(default_factory=dict)  # by output, the worst
+    why: dict[str, str] = field(default_factory=dict)  # by output: what is wrong, where something is
+    places: dict[str, Place] = field(default_factory=dict)
+    worst_input: int = 0
+    differs: bool = False
+    tapes: list[tuple[Tape, list[int]]] = field(default_factory=list)  # of a surface: each run, and the outputs on it
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.residuals) and not self.why and all(r <= GATE for r in self.residuals.values())
+
+
+class Judge:
+    """One plan, one probe, one target. `links`: surgery.link's result for the probe's reference, where it is at
+    hand."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        target: nn.Module,
+        plan: Plan,
+        probe: Probe,
+        *,
+        device: torch.device | None = None,
+        links: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.source, self.target, self.plan, self.probe = source, target, plan, probe
+        self.device = device or home(target)
+        self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
+        self.links = links if links is not None else link(probe.reference, source)
+        self.values = unrounded(plan, source)
+        self.inputs = probe.proof_inputs()
+        if not self.inputs:
+            raise GraftError("the probe has no inputs", hint="Give at least one to search with and one to prove with.")
+        self.new = self._new()
+        self.expected: list[list[Tensor]] = []
+        self.names: tuple[str, ...] = ()
+        self.notes: list[str] = []
+
+    # -- the two sides --------------------------------------------------------------------------------------------
+    def _new(self) -> dict[str, Tensor]:
+        """Other values for what the plan leaves as it is initialised."""
+        own = own_tensors(self.target)
+        new = [r.target for r in self.plan.rows if r.status is Status.NEW]
+        new += [r.target for r in self.plan.rows if r.tied_to in new]
+        return {n: perturbed(own[n], i) for i, n in enumerate(new) if n in own and own[n].is_floating_point()}
+
+    def reference_twin(self, also: Mapping[int, Tensor] | None = None) -> nn.Module:
+        return build(self.probe.reference, {}, self.device, also=also)
+
+    def target_twin(
+        self, values: Mapping[str, Tensor] | None = None, also: Mapping[int, Tensor] | None = None, *, new: bool = False
+    ) -> nn.Module:
+        """The target's twin with the plan's values (or these). `new`: with other values for what is new; on the meta
+        device there are none but these."""
+        own = all_tensors(self.target)
+        other = {n: t for n, t in self.new.items() if new or own[n].is_meta}
+        return build(self.target, {**other, **(self.values if values is None else values)}, self.device, also=also)
+
+    def _expect(self, reference: nn.Module) -> list[list[Tensor]]:
+        return [self.reference_side.outputs(reference, x, label) for label, x in self.inputs]
+
+    def _check_reference(self) -> None:
+        """Every weight that the reference's run consumes must be one of the source's."""
+        parameters = {n for n, _ in self.probe.reference.named_parameters(remove_duplicate=False)}
+        own = own_tensors(self.probe.reference)
+        open_names = {
+            n
+            for n, t in own.items()
+            if t.is_floating_point() and n not in self.links and (n in parameters or n in self.source)
+        }
+        if not open_names:
+            return
+        tape = self.record_reference(0)
+        missing = [
+            v.name
+            for vid, v in enumerate(tape.values)
+            if v.origin == "const" and v.name in open_names and tape.consumers[vid]
+        ]
+        if missing:
+            few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise GraftError(
+                f"the reference runs with weights that are not the source's: {few}",
+                hint="Load the source into the reference first: a proof about other weights proves nothing.",
+            )
+
+    def record_reference(self, at: int, calls: list[Call] | None = None) -> Tape:
+        label, x = self.inputs[at]
+        weights = set(self.links)
+        return self._record(self.reference_side, self.reference_twin(), x, label, weights, calls)
+
+    def record_target(self, twin: nn.Module, at: int, calls: list[Call] | None = None) -> Tape:
+        label, x = self.inputs[at]
+        return self._record(self.target_side, twin, x, label, set(self.values), calls)
+
+    def _record(
+        self, side: Side, twin: nn.Module, x: Any, label: str, weights: set[str], calls: list[Call] | None
+    ) -> Tape:
+        x = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, x)
+        with side.failures(twin, label, calls):
+            return record(side.run, twin, x, weights=weights)
+
+    # -- comparing ------------------------------------------------------------------------------------------------
+    def compare(self, expected: list[list[Tensor]], target: nn.Module) -> Comparison:
+        """The target's twin against what the reference gave, on every proof input."""
+        found = Comparison()
+        places: dict[str, frozenset[Place]] = {}
+        worst = -1.0
+        for at, (label, x) in enumerate(self.inputs):
+            if self.probe.run_target is not None:
+                results = self._returned(expected[at], self.target_side.outputs(target, x, label), label)
+            else:
+                results = self._surfaced(expected[at], target, at, found)
+            for name, (value, why, where) in zip(self.names, results, strict=True):
+                found.residuals[name] = max(found.residuals.get(name, 0.0), value)
+                if value > GATE:
+                    found.differs = True
+                    found.why.setdefault(name, why or f"{name} differs by {value:.1e} on {label}")
+                if value > worst:
+                    worst, found.worst_input = value, at
+                places[name] = places.get(name, where) & where
+        for name, where in places.items() if self.probe.run_target is None else ():
+            if where:
+                found.places[name] = surface.innermost(where)
+            elif name not in found.why:
+                found.why[name] = f"{name} occurs in the target at other places on other inputs"
+        for name, why in self._shows_nothing(expected).items():
+            found.why.setdefault(name, why)
+        return found
+
+    def _returned(
+        self, expected: list[Tensor], got: list[Tensor], label: str
+    ) -> list[tuple[float, str, frozenset[Place]]]:
+        if len(expected) != len(got):
+            raise GraftError(
+                f"run_reference returned {len(expected)} tensors and run_target {len(got)} on {label}",
+                hint="Both must return the same outputs, in one order.",
+            )
+        results = []
+        for name, a, b in zip(self.names, expected, got, strict=True):
+            value, why = surface.residual(a, b), ""
+            if value == INF:
+                if a.numel() != b.numel():
+                    why = f"{name} has shape {tuple(b.shape)} on {label}, the reference's {tuple(a.shape)}"
+                elif not bool(torch.isfinite(_floats(b)).all()):
+                    why = f"{name} is not finite on {label}, where the reference's is"
+            results.append((value, why, frozenset[Place]()))
+        return results
+
+    def _surfaced(
+        self, expected: list[Tensor], target: nn.Module, at: int, found: Comparison
+    ) -> list[tuple[float, str, frozenset[Place]]]:
+        calls: list[Call] = []
+        tape = self.record_target(target, at, calls)
+        index = surface.indexed(tape)
+        results = []
+        found.tapes.append((tape, []))
+        for name, a in zip(self.names, expected, strict=True):
+            hit = surface.search(a, tape, index, calls)
+            found.tapes[-1][1].extend(hit.vids[:1])
+            why = ""
+            if hit.residual > GATE:
+                why = f"{name} of the reference does not occur among the target's activations on {self.inputs[at][0]}"
+                if hit.residual < INF:
+                    why += f"; the nearest, in {surface.innermost(hit.places)}, differs by {hit.residual:.1e}"
+            results.append((hit.residual, why, hit.places))
+        return results
+
+    def _shows_nothing(self, expected: list[list[Tensor]]) -> dict[str, str]:
+        """Outputs that are fit to prove nothing on every input, or not a number on one."""
+        out = {}
+        for i, name in enumerate(self.names):
+            whys = [surface.shows_nothing(outputs[i]) for outputs in expected]
+            bad = [(w, label) for w, (label, _) in zip(whys, self.inputs, strict=True) if w]
+            nan = [b for b in bad if "not a number" in b[0]]
+            if nan or len(bad) == len(whys):
+                why, label = (nan or bad)[0]
+                out[name] = f"the reference's {name} {why} on {label}, which proves nothing"
+        return out
+
+    # -- the proof ------------------------------------------------------------------------------------------------
+    def prove(self, wanted: Sequence[str] = ()) -> Proof:
+        self._check_reference()
+        reference = self.reference_twin()
+        self.expected = self._expect(reference)
+        counts = {len(outputs) for outputs in self.expected}
+        if len(counts) != 1:
+            raise GraftError(
+                "run_reference returns more outputs on some inputs than on others",
+                hint="Return the same ones on every input.",
+            )
+        self.names = output_names(self.probe, counts.pop())
+        surfaced = self.probe.run_target is None
+        target = self.target_twin(new=surfaced)
+        found = self.compare(self.expected, target)
+        causes: list[str] = []
+        if found.differs and max(found.residuals.values()) < 1e-3:
+            found, causes = self._attributed(found)
+        main = f"{self.device.type}/float64"
+        gaps: list[str] = []
+        symmetries: list[str] = []
+        why = "; ".join(dict.fromkeys(found.why.values()))
+        if found.passed:
+            gaps, symmetries, nothing = self._exercised(found)
+            gaps += unused_masks(self.inputs, self.target, surfaced)
+            why = nothing
+        labels = tuple(label for label, _ in self.inputs)
+        passed = found.passed and not why
+        result = PassResult(
+            main, "passed" if passed else "failed", why, found.residuals, GATE, labels, {"lifted": True}, found.differs
+        )
+        return Proof(
+            passes=(result, *self._other_passes(wanted, main, found.places)),
+            not_exercised=tuple(gaps),
+            symmetries=tuple(symmetries),
+            storage=self._storage() if passed else 0.0,
+            divergence=diverge(self, found.worst_input) if found.differs else None,
+            surface={name: str(place) for name, place in found.places.items()} if found.passed else {},
+            causes=tuple(causes),
+            notes=tuple(self.notes),
+            adapted=self._adapted(),
+        )
+
+    def _adapted(self) -> tuple[str, ...]:
+        def dtype_of(name: str) -> str:
+            return self.source[name].dtype
+
+        rows = [r for r in self.plan.rows if r.expr is not None]
+        return tuple(
+            r.target for r in rows if r.expr is not None and kind(r.expr, dtype_of) in ("approximate", "lossy")
+        )
+
+    def _attributed(self, found: Comparison) -> tuple[Comparison, list[str]]:
+        """The comparison without what float32 left in one side's constants; as it was, where that does not explain
+        it."""
+        reference, target = self.probe.reference, self.target
+        used = set(self.plan.used)
+        moved = {
+            id(t)
+            for n, t in own_tensors(reference).items()
+            if n in self.links and (t.numel() > 1 or used.intersection(names(self.links[n])))
+        }
+        filled = {id(t) for n, t in all_tensors(target).items() if n in self.values or n in self.new}
+        theirs = self._tape_or_none(lambda: self.record_reference(found.worst_input))
+        ours = self._tape_or_none(lambda: self.record_target(self.target_twin(new=True), found.worst_input))
+        tries: list[tuple[str, dict[int, Tensor], dict[int, Tensor]]] = []
+        if scalars := attribution.scalars(reference, moved):
+            named = ", ".join(attribution.names_of(reference, scalars))
+            tries.append((f"the reference stores {named} in float32", scalars, {}))
+        if scalars := attribution.scalars(target, filled):
+            named = ", ".join(attribution.names_of(target, scalars))
+            tries.append((f"the target stores its constant {named} in float32", {}, scalars))
+        if theirs is not None and (tables := attribution.tables(target, filled, theirs)):
+            named = ", ".join(attribution.names_of(target, tables))
+            tries.append((f"the target keeps its table {named} in float32", {}, tables))
+        if ours is not None and (tables := attribution.tables(reference, moved, ours)):
+            named = ", ".join(attribution.names_of(reference, tables))
+            tries.append((f"the reference keeps its table {named} in float32", tables, {}))
+        if len(tries) > 1:
+            theirs_all = {k: v for _, on_reference, _ in tries for k, v in on_reference.items()}
+            ours_all = {k: v for _, _, on_target in tries for k, v in on_target.items()}
+            tries.append(("; ".join(said for said, _, _ in tries), theirs_all, ours_all))
+        for said, on_reference, on_target in tries:
+            expected = self._expect(self.reference_twin(on_reference)) if on_reference else self.expected
+            again = self.compare(expected, self.target_twin(None, on_target, new=self.probe.run_target is None))
+            if again.passed:
+                before = max(found.residuals.values())
+                self.notes.append(f"before that cause was removed they differed by {before:.1e}")
+                return again, [said]
+        return found, []
+
+    def _tape_or_none(self, run: Any) -> Tape | None:
+        try:
+            return run()
+        except GraftError as error:
+            if isinstance(error.__cause__, NotRecordable):
+                return None
+            raise
+
+    def _exercised(self, found: Comparison) -> tuple[list[str], list[str], str]:
+        """(not exercised, symmetries, why nothing is shown)."""
+        rows = {r.target: r for r in self.plan.rows if r.status in MADE}
+        exercise = Exercise(self.source, rows, self.values)
+        try:
+            for tape, outputs in found.tapes or self._recorded():
+                exercise.add(tape, outputs)
+        except NotFaithful:
+            return [], [], "the target's run cannot be replayed, so that what the inputs exercised is unknown"
+        except GraftError as error:
+            if not isinstance(error.__cause__, NotRecordable):
+                raise
+            return [], [], f"what the inputs exercised cannot be told: {error.__cause__}"
+        gaps, symmetries = exercise.findings()
+        if not exercise.any:
+            return gaps, symmetries, "what was compared does not depend on any filled tensor, which proves nothing"
+        self._note_new()
+        return gaps, symmetries, ""
+
+    def _recorded(self) -> Iterator[tuple[Tape, list[int]]]:
+        twin = self.target_twin()
+        for at in range(len(self.inputs)):
+            tape = self.record_target(twin, at)
+            yield tape, tape.outputs()
+
+    def _note_new(self) -> None:
+        """Returned outputs may depend on tensors that stay as they are initialised: then they are right as they are."""
+        if self.probe.run_target is None or not self.new:
+            return
+        other = self.target_twin(new=True)
+        label, x = self.inputs[0]
+        before = self.target_side.outputs(self.target_twin(), x, label)
+        after = self.target_side.outputs(other, x, label)
+        if any(surface.residual(a, b) > GATE for a, b in zip(before, after, strict=True)):
+            some = ", ".join(list(self.new)[:3]) + (" ..." if len(self.new) > 3 else "")
+            self.notes.append(
+                f"the outputs also depend on new tensors, proven with the values that they have now: {some}"
+            )
+
+    def _storage(self) -> float:
+        """The residual with the values as the target stores them."""
+        own = own_tensors(self.target)
+        stored = {n: v.to(own[n].dtype) for n, v in self.values.items()}
+        if all(torch.equal(stored[n].to(v.dtype), v) for n, v in self.values.items()):
+            return 0.0
+        keep, self.notes = self.notes, []
+        again = self.compare(self.expected, self.target_twin(stored, new=self.probe.run_target is None))
+        self.notes = keep
+        return max(again.residuals.values())
+
+    def _other_passes(self, wanted: Sequence[str], main: str, places: Mapping[str, Place]) -> Iterator[PassResult]:
+        for name in wanted:
+            if name == main:
+                continue
+            parsed = passes.parse(name)
+            missing = passes.unavailable(parsed)
+            if missing:
+                yield PassResult(name, "not run", missing)
+            elif parsed.dtype is torch.float64:
+                other = Judge(self.source, self.target, self.plan, self.probe, device=parsed.device, links=self.links)
+                yield other.prove().passes[0]
+            else:
+                yield passes.run(self, parsed, places)
+
+
+def home(module: nn.Module) -> torch.device:
+    """Where a module lives; the CPU where it lives nowhere, or where there is no float64."""
+    device = next((t.device for t in all_tensors(module).values()), torch.device("cpu"))
+    return torch.device("cpu") if device.type in ("meta", "mps") else device
+
+
+def output_names(probe: Probe, count: int) -> tuple[str, ...]:
+    """A name for each of the reference's outputs."""
+    given = probe.outputs[:count]
+    rest = ["output"] if count == 1 else [f"output {i}" for i in range(count)]
+    return (*given, *rest[len(given) :])
+
+
+def unused_masks(inputs: Sequence[tuple[str, Any]], target: nn.Module, called: bool) -> list[str]:
+    """Masks that hide nothing on any input: what the target does with them was not seen."""
+    found: dict[str, list[Tensor]] = {}
+    parameters: list[str] = []
+    if called:
+        parameters = [p for p in inspect.signature(target.forward).parameters if p != "self"]
+    for _, x in inputs:
+        items: list[tuple[str, Any]] = []
+        if isinstance(x, Mapping):
+            items = list(x.items())
+        elif isinstance(x, (tuple, list)):
+            items = list(zip(parameters, x, strict=False)) if called else []
+        elif called and parameters:
+            items = [(parameters[0], x)]
+        for name, t in items:
+            if isinstance(t, Tensor) and "mask" in str(name).lower() and t.numel():
+                found.setdefault(str(name), []).append(t)
+    idle = [n for n, ts in found.items() if all(bool((t == t.flatten()[0]).all()) for t in ts)]
+    idle += [p for p in parameters if "mask" in p.lower() and p not in found]
+    return [f"{name}: mask not exercised: it hides nothing on any proof input" for name in idle]
+
+
+def _floats(t: Tensor) -> Tensor:
+    return t if t.is_floating_point() or t.is_complex() else t.to(torch.float64)
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Whatever draws random numbers inside leaves the generators as they were."""
+    import random
+
+    state = random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
