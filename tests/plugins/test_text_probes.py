@@ -164,7 +164,7 @@ def test_ties_are_ties(saved: Callable[..., Any]) -> None:
 
 def test_names_of_old(saved: Callable[..., Any], tmp_path: Path) -> None:
     """gamma and beta, and the buffer of positions, as files of before 2020 have them."""
-    model, checkpoint, config = saved("bert", "BertModel")
+    model, _, config = saved("bert", "BertModel")
     tensors = load_file(tmp_path / "model.safetensors")
     renamed = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
