@@ -1,12 +1,12 @@
 """The mapper: from a checkpoint and a target to a plan, by names, shapes and what running shows.
 
-    record     what a run shows: a tape of operators
-    affine     values as sums of terms linear in the weights
-    unify      where two sums meet
-    invert     weights computed from weights
-    reference, hypothesis, search    the walk over the target's tape
-    render     from numbered elements to expressions
-    names      words as evidence
+record     what a run shows: a tape of operators
+affine     values as sums of terms linear in the weights
+unify      where two sums meet
+invert     weights computed from weights
+reference, hypothesis, search    the walk over the target's tape
+render     from numbered elements to expressions
+names      words as evidence
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def find(
     tape = _ran("target", lambda: again({}))
     outputs = seen.outputs()
     if not outputs:
-        raise GraftError("the probe's reference returned no tensor", hint="run_reference must return a Tensor or a tuple.")
+        raise GraftError(
+            "the probe's reference returned no tensor", hint="run_reference must return a Tensor or a tuple."
+        )
     accept = _outputs_equal(reference, outputs) if probe.run_target is not None else _outputs_occur(reference, outputs)
     search = Search(
         tape,
@@ -147,7 +149,9 @@ def _outputs_occur(reference: Any, outputs: list[int]) -> Callable[[Hypothesis],
                 for v, val in enumerate(h.tape.values)
                 if val.data and val.weights and v not in h.tainted and _numel(val.shape) == b.numel()
             )
-            if not any((t := h.known(v)) is not None and (g := fingerprint(t)) is not None and same(f, g) for v in mine):
+            if not any(
+                (t := h.known(v)) is not None and (g := fingerprint(t)) is not None and same(f, g) for v in mine
+            ):
                 return False
         return True
 
@@ -203,7 +207,12 @@ def _plan(
                 continue
             made = _synthesised(expr)
             rows[name] = Row(
-                name, Status.SYNTHESISED if made else Status.FILLED, expr, shape, dtype, evidence=evidence.get(label, "")
+                name,
+                Status.SYNTHESISED if made else Status.FILLED,
+                expr,
+                shape,
+                dtype,
+                evidence=evidence.get(label, ""),
             )
         elif label in h.constant:
             rows[name] = Row(name, Status.CONSTANT, None, shape, dtype, note="the target's own constant")
@@ -218,7 +227,9 @@ def _plan(
     infos = {n: _info(t) for n, t in own.items()}
     symmetries = []
     if h.swapped:
-        symmetries.append("addends of one sum (biases of one gate or kernel) could change places: any choice is the same")
+        symmetries.append(
+            "addends of one sum (biases of one gate or kernel) could change places: any choice is the same"
+        )
     return Plan(
         rows=tuple(rows.values()),
         dropped=tuple(dropped),

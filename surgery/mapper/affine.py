@@ -306,7 +306,7 @@ class Affine:
         if kind == "layout":
             return self._layout(node, v.out, root)
         if kind == "sum":
-            return self._sum(node, v.shape)
+            return self._sum(node, v.shape, root)
         if kind == "product":
             return self._product(node, v.node, v.shape)
         if kind == "scale":
@@ -367,13 +367,13 @@ class Affine:
                 result.append(new)
         return result
 
-    def _sum(self, node: Node, shape: tuple[int, ...]) -> list[Term]:
+    def _sum(self, node: Node, shape: tuple[int, ...], root: bool) -> list[Term]:
         name = base(node.op)
         if name == "sum":
             dim = node.args[1][0]
             keep = node.args[2] if len(node.args) > 2 else False
             out: list[Term] = []
-            for term in self.terms(node.args[0].vid, root=False):
+            for term in self.terms(node.args[0].vid, root=root):
                 n = self.tape.values[node.args[0].vid].shape[dim]
                 for i in range(n):
                     part = term.mapped(lambda t, i=i: t.select(dim, i).unsqueeze(dim) if keep else t.select(dim, i))
@@ -386,14 +386,17 @@ class Affine:
             b = node.args[1]
             x, c = (a, b) if isinstance(a, Ref) else (b, a)
             factor = float(c) if name == "mul" else 1.0 / float(c)
-            return [t.scaled(factor) for t in self.terms(x.vid, root=False)]
+            return [t.scaled(factor) for t in self.terms(x.vid, root=root)]
         if name == "neg":
-            return [t.scaled(-1.0) for t in self.terms(a.vid, root=False)]
+            return [t.scaled(-1.0) for t in self.terms(a.vid, root=root)]
         sign = -1.0 if name == "sub" else 1.0
         out = []
+        both = sum(isinstance(x, Ref) and self.tape.values[x.vid].data for x in (a, node.args[1])) == 2
         for x, s in ((a, 1.0), (node.args[1], sign)):
             if isinstance(x, Ref):
-                for t in self.terms(x.vid, root=False):
+                for t in self.terms(
+                    x.vid, root=root and not both
+                ):  # an addend that stands for itself elsewhere is one here
                     if t.value is None and t.kind in ("known", "scale"):
                         raise NotAffine(x.vid)
                     out.append(t.mapped(lambda z: z.expand(shape)).scaled(s))

@@ -507,7 +507,9 @@ def record(
                 weight = t.is_floating_point() and (weights is None or name in weights)
                 v = Value(tuple(t.shape), twin.lift(t.dtype), "param" if weight else "const", name=name, weights=weight)
                 vid = rec.add(t, v)
-                v.tensor = t.inner if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()  # weights: not a copy
+                v.tensor = (
+                    t.inner if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()
+                )  # weights: not a copy
             if tape.values[vid].origin == "param":
                 tape.params[name] = int(vid)
         for t in tree_iter(x):

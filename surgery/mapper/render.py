@@ -138,7 +138,9 @@ class Renderer:
             return call("scale", inner, by=float(c))
         if name == "sub":
             return call("shift", inner, by=-float(c)) if x is a else call("shift", call("neg", inner), by=float(c))
-        return call("scale", inner, by=1.0 / float(c)) if x is a else call("scale", call("reciprocal", inner), by=float(c))
+        return (
+            call("scale", inner, by=1.0 / float(c)) if x is a else call("scale", call("reciprocal", inner), by=float(c))
+        )
 
     # -- cutting ------------------------------------------------------------------------------------------------------
     def _split(self, ids: Tensor, owner: Tensor, axis: int, depth: int) -> Expr | None:
@@ -211,7 +213,11 @@ def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
         for a in still:
             local = local.narrow(a, 0, 1)
         one = view(expr, shape, local)
-        return None if one is None else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
+        return (
+            None
+            if one is None
+            else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
+        )
     plain = _plain_view(expr, shape, local)
     return plain if plain is not None else _strided(expr, shape, local)
 
@@ -342,11 +348,16 @@ def complete(b: Bound, shape: tuple[int, ...], reference: Reference) -> Bound:
         open_ = rows == 0
         if not bool((open_.all(1) | ~open_.any(1)).all()):
             continue
-        filled = _complete_rows(rows, [m.reshape(shape).movedim(axis, 0).reshape(shape[axis], -1) for m in b.more], reference)
+        filled = _complete_rows(
+            rows, [m.reshape(shape).movedim(axis, 0).reshape(shape[axis], -1) for m in b.more], reference
+        )
         if filled is None:
             continue
         main, more = filled
-        back = [t.reshape([shape[axis], *[n for a, n in enumerate(shape) if a != axis]]).movedim(0, axis) for t in (main, *more)]
+        back = [
+            t.reshape([shape[axis], *[n for a, n in enumerate(shape) if a != axis]]).movedim(0, axis)
+            for t in (main, *more)
+        ]
         flat = [t.reshape(-1) for t in back]
         return Bound(flat[0], flat[1:])
     return b

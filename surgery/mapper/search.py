@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import NotAffine, Term, apart, base
+from surgery.mapper.affine import Affine, NotAffine, Term, apart, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
@@ -155,7 +155,9 @@ class Search:
                 continue
             g = h.fork()
             pairs = [
-                function(g.weight_matrix(a).reshape(-1).to(torch.int64), ref.weight_matrix(b).reshape(-1).to(torch.int64))
+                function(
+                    g.weight_matrix(a).reshape(-1).to(torch.int64), ref.weight_matrix(b).reshape(-1).to(torch.int64)
+                )
                 for a, b in zip(args, theirs, strict=True)
             ]
             if any(p is None for p in pairs):
@@ -168,7 +170,11 @@ class Search:
         """What a value becomes while it is only moved and added to."""
         while len(h.tape.consumers[vid]) == 1:
             node = h.tape.nodes[h.tape.consumers[vid][0]]
-            if h.kind(node) not in ("layout", "sum", "virtual") or len(node.outs) != 1 or not h.weight_only(node.outs[0]):
+            if (
+                h.kind(node) not in ("layout", "sum", "virtual")
+                or len(node.outs) != 1
+                or not h.weight_only(node.outs[0])
+            ):
                 break
             vid = node.outs[0]
         return vid
@@ -406,8 +412,8 @@ class Search:
     def _score(self, h: Hypothesis, m: Match) -> float:
         score = 0.0
         for t, s in self._names(h, m):
-            score += 8.0 if _pattern(s) in h.template.get(_pattern(t), ()) else 0.0
             score += self.prior(t, s)
+        score += sum(8.0 for t, s in self._places(h, m) if s in h.template.get(t, ()))
         if any(k in h.used for k in _firsts(m)):
             score -= 12.0
         return score
@@ -422,13 +428,24 @@ class Search:
                     pairs.append((t, s))
         return pairs
 
+    def _places(self, h: Hypothesis, m: Match) -> list[tuple[str, str]]:
+        """What a match says of the block that it is in: where in a tensor of this name, from where in one of that name."""
+        out = []
+        for a in m.assignments:
+            if a.sources and a.target.numel():
+                t, s = _place(h, int(a.target[0])), _place(self.reference, int(a.sources[0][0]))
+                if t and s:
+                    out.append((t, s))
+        return out
+
     def _remember(self, h: Hypothesis, m: Match, of: int, node: int) -> None:
         pairs = self._names(h, m)
         fresh = not any(k in h.used for k in _firsts(m))
-        h.supported = fresh and bool(pairs) and all(_pattern(s) in h.template.get(_pattern(t), ()) for t, s in pairs)
+        places = self._places(h, m)
+        h.supported = fresh and bool(places) and all(s in h.template.get(t, ()) for t, s in places)
         h.used.update(_firsts(m))
-        for t, s in pairs:
-            h.template[_pattern(t)] = h.template.get(_pattern(t), frozenset()) | {_pattern(s)}
+        for t, s in places:
+            h.template[t] = h.template.get(t, frozenset()) | {s}
         if pairs:
             module = self.reference.tape.nodes[node].module if node >= 0 else ""
             h.choices.append(Choice(tuple(t for t, _ in pairs), tuple(s for _, s in pairs), of, module))
@@ -436,6 +453,13 @@ class Search:
 
 def _firsts(m: Match) -> list[int]:
     return [int(a.sources[0][0]) for a in m.assignments if a.sources and a.target.numel()]
+
+
+def _place(p: Affine, number: int) -> str:
+    for first, size, name in p.names:
+        if first <= number < first + size:
+            return f"{_pattern(name)} {(number - first) / size:.6f}"
+    return ""
 
 
 def _pattern(name: str) -> str:

@@ -217,7 +217,9 @@ def align_values(a: Tensor, b: Tensor) -> Iterator[Tensor]:
             yield order
             return
     if a.ndim and b.ndim and a.shape[-1] == b.shape[-1] and a.numel() < b.numel():  # some of the rows
-        rows = match_rows(a.reshape(-1, a.shape[-1]), torch.arange(a.numel() // a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        rows = match_rows(
+            a.reshape(-1, a.shape[-1]), torch.arange(a.numel() // a.shape[-1]), b.reshape(-1, b.shape[-1])
+        )
         if rows is not None and rows.columns is None:
             k = a.shape[-1]
             yield (rows.rows.unsqueeze(1) * k + torch.arange(k)).reshape(-1)
