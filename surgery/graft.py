@@ -82,20 +82,18 @@ def graft(
         else:
             found = _with_kept(_relative(plan, module, into), module, inside)
         proof: Proof | None = None
-        if found.verdict not in ("ambiguous", "refuted") or plan is not None:
+        fits = plan is not None or found.verdict != "ambiguous"
+        if fits:
             found.check(checkpoint, infos(module))
-            staged = apply.stage(found, checkpoint, module)
             found, proof = _judged(checkpoint, module, found, probe, given=plan is not None)
         report = _report(found, proof, checkpoint, target, into, kept)
-        if allow_different and report.verdict is Verdict.REFUTED and proof is not None:
-            _refuse_departure(proof, allow_different, report)
         if report.verdict.rank < needed.rank:
+            if proof is not None and report.verdict is Verdict.REFUTED:
+                _refuse_departure(proof, allow_different, report)
             raise _refusal(report, needed)
-        if proof is None and found.verdict in ("ambiguous", "refuted"):
+        if not fits:
             found.check(checkpoint, infos(module))
-            staged = apply.stage(found, checkpoint, module)
-        apply.write(module, staged)
-        del staged
+        apply.write(module, apply.stage(found, checkpoint, module))
         done = {r.target for r in found.rows if r.status in (Status.FILLED, Status.SYNTHESISED, Status.CONSTANT)}
         done |= {r.target for r in found.rows if r.tied_to in done}
         apply.remember(module, frozenset(done))
@@ -163,14 +161,16 @@ def _judged(
             source=replace(found.source, structure=source.structure_hash()),
             target=Stamp.of(infos(module), found.target.description or type(module).__name__),
         )
+        if found.verdict == "refuted" and not given and proof.verdict not in ("proven", "adapted"):
+            # The search found no mapping; the proof of the best one shows where they part, if it shows anything.
+            return stamped.with_verdict("refuted", proven=proof.sentences), proof
         return stamped.with_verdict(proof.verdict, proven=proof.sentences, symmetries=tuple(symmetries)), proof
-    if given:
-        # Nothing was run now. What is known is what the plan says of itself, if it still is the plan that it was said
-        # of.
+    if given and found.verdict_on(source, infos(module)) not in ("ambiguous", "refuted"):
+        # Nothing was run now, whatever was proven when the plan was made: the target's code may have changed since.
         said = found.verdict_on(source, infos(module))
-        if said in (None, "stale"):
-            note = "the plan was given; it was checked, and nothing was run"
-            return replace(found.with_verdict("consistent"), notes=(*found.notes, note)), None
+        past = f"it was {said} when it was made; " if said not in (None, "stale", "consistent") else ""
+        note = f"the plan was given: {past}it was checked, and nothing was run"
+        return replace(found, notes=(*found.notes, note)).with_verdict("consistent"), None
     return found, None
 
 
@@ -178,8 +178,10 @@ def _report(
     found: Plan, proof: Proof | None, source: Checkpoint, target: nn.Module, into: str, kept: frozenset[str]
 ) -> Report:
     message = proof.message if proof is not None else ""
+    if found.verdict == "refuted" and found.diagnosis and message:
+        message = f"{found.diagnosis}; {message}"
     if not message and proof is None and found.verdict == "consistent":
-        message = "exactly one mapping fits names, shapes and structure; nothing was run"
+        message = "nothing was run: the mapping fits names, shapes and structure"
     full = _full(found, target, into, kept) if into else found
     return Report.of(
         full, found.verdict or "ambiguous", proof=proof, message=message, dtype_of=lambda name: source[name].dtype

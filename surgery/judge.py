@@ -144,6 +144,7 @@ class Judge:
     def compare(self, expected: list[list[Tensor]], target: nn.Module) -> Comparison:
         """The target's twin against what the reference gave, on every proof input."""
         found = Comparison()
+        nothing = self._shows_nothing(expected)
         places: dict[str, frozenset[Place]] = {}
         worst = -1.0
         for at, (label, x) in enumerate(self.inputs):
@@ -153,7 +154,7 @@ class Judge:
                 results = self._surfaced(expected[at], target, at, found)
             for name, (value, why, where) in zip(self.names, results, strict=True):
                 found.residuals[name] = max(found.residuals.get(name, 0.0), value)
-                if value > GATE:
+                if value > GATE and "not a number" not in nothing.get(name, ""):
                     found.differs = True
                     found.why.setdefault(name, why or f"{name} differs by {value:.1e} on {label}")
                 if value > worst:
@@ -164,7 +165,7 @@ class Judge:
                 found.places[name] = surface.innermost(where)
             elif name not in found.why:
                 found.why[name] = f"{name} occurs in the target at other places on other inputs"
-        for name, why in self._shows_nothing(expected).items():
+        for name, why in nothing.items():
             found.why.setdefault(name, why)
         return found
 

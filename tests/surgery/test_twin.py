@@ -86,7 +86,7 @@ def test_globals_are_restored_after_a_failure() -> None:
 
 
 def test_the_exact_gelu_of_the_encoder_layer() -> None:
-    """nn.TransformerEncoderLayer's fast path computes exact GELU whatever it was told; the twin takes the documented path."""
+    """nn.TransformerEncoderLayer's fast path computes exact GELU whatever it was told; the twin does not take it."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU("tanh"), batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     got = twin.run(lambda m, x: m(x), twin.twin(layer), x)
