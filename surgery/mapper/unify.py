@@ -276,8 +276,9 @@ def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shap
     target, source = _merged(target), _merged(source)
     tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
     ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
-    if len(tp) != len(rp) or (not tp and len(ts) != len(rs)):
-        return []
+    settled = any(t.kind == "known" and t.value is not None and informative(t.value) for t in target)
+    if len(tp) > len(rp) or (len(tp) < len(rp) and not (tp and settled)) or (not tp and len(ts) != len(rs)):
+        return []  # a product of the reference may be settled, and so known, in the target; never the other way round
     out: list[Match] = []
     if tp:
         for pairing in _pairings(tp, rp):
