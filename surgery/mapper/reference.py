@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine
+from surgery.mapper.affine import Affine, Term
 from surgery.mapper.record import FingerprintIndex, Tape
 
 
@@ -115,6 +115,17 @@ class Reference(Affine):
                 return src[flat - first].reshape(numbers.shape)
             here = (flat >= first) & (flat < first + size)
             dest[here] = src[flat[here] - first]
+        return out
+
+    def computed(self, terms: list[Term]) -> list[Term]:
+        """The same sum with weights that were computed from weights as the known values that they are."""
+        out = []
+        for t in terms:
+            if t.kind == "weight" and t.ids is not None and int(t.ids.max()) >= self.real_end:
+                value = self.values_of(t.ids.to(torch.int64))
+                out.append(Term("known", t.coef, value=value))
+            else:
+                out.append(t)
         return out
 
     def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:

@@ -307,6 +307,8 @@ class Search:
         whole = self._unified_as(h, terms, shape, lambda t: t)
         if whole and not all(m.missing for m, _, _ in whole):
             return whole
+        if not whole and any(t.kind == "known" for t in terms):
+            whole = self._unified_as(h, terms, shape, self.reference.computed)
         parts = apart(terms)  # a product of a concatenation against products of its parts
         return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or t) or whole
 

@@ -440,11 +440,12 @@ def _by_known(
     a, b = _total(target, "known", shape_t), _total(source, "known", shape_r)
     out = []
     if a is not None and b is not None and bool((a != 0).any()):
-        for ratio in (1.0,):
-            for e in align_values(a, b * ratio):
-                m = _rest(e, target, source, 1.0, 1.0)
-                if m is not None:
-                    out.append(m)
+        ct = next((t.coef for t in target if t.kind == "known"), 1.0)
+        cr = next((t.coef for t in source if t.kind == "known"), 1.0)
+        for e in align_values(a / ct, b / cr):
+            m = _rest(e, target, source, ct, cr)
+            if m is not None:
+                out.append(m)
     elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
         lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
         lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
