@@ -224,13 +224,9 @@ def test_values_that_overflow_are_refused() -> None:
 
 def test_a_plan_that_does_not_fit_is_refused(bert: nn.Module) -> None:
     source, target = bert.state_dict(), pairs.Encoder()
+    plan, other = pairs.plan(source, target), pairs.plan(source, pairs.Encoder(classes=4))
     before = Snapshot(target)
-    plan = pairs.plan(source, target)
-    for broken in (
-        replace(plan, rows=plan.rows[1:]),
-        replace(plan, dropped=()),
-        pairs.plan(source, pairs.Encoder(classes=4)),
-    ):
+    for broken in (replace(plan, rows=plan.rows[1:]), replace(plan, dropped=()), other):
         with pytest.raises(surgery.PlanError, match="does not fit"):
             surgery.graft(source, target, plan=broken, probe=pairs.probe(bert))
     before.check(target)
