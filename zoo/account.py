@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,7 @@ def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool) -> l
     width = max(map(len, names), default=0)
     found = []
     for head, (_, _, texts) in zip(names, shown, strict=True):
-        found.append(f"{head:{width}}  {_cut(texts[0], why)}".rstrip())
+        found.append(f"{head:{width}}  {_cut(braced(texts[0]), why)}".rstrip())
         found += [f"    {text}" for text in texts[1:] if text]
     if len(folded) > len(shown):
         found.append(f"... and {len(folded) - len(shown)} more; --why shows all")
@@ -86,24 +87,72 @@ def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool) -> l
     return found
 
 
+_NAMES = re.compile(r"(?<=\()[\w./{}:+*-]+(?:, [\w./{}:+*-]+)+(?=, \w+=|\))")
+
+
+def braced(text: str) -> str:
+    """ "cat(a.q.weight, a.k.weight, axis=0)" as "cat(a.{q, k}.weight, axis=0)": what names share is said once."""
+
+    def shorter(match: re.Match[str]) -> str:
+        names = [name.split(".") for name in match[0].split(", ")]
+        start = _shared(names)
+        end = _shared([name[start:][::-1] for name in names])
+        middles = [".".join(name[start : len(name) - end]) for name in names]
+        if not start + end or not all(middles):
+            return match[0]
+        pieces = [*names[0][:start], f"{{{', '.join(middles)}}}", *names[0][len(names[0]) - end :]]
+        return ".".join(pieces)
+
+    return _NAMES.sub(shorter, text)
+
+
+def _shared(names: Sequence[Sequence[str]]) -> int:
+    """How many pieces all names begin with."""
+    count = 0
+    for pieces in zip(*names, strict=False):
+        if len(set(pieces)) > 1:
+            break
+        count += 1
+    return count
+
+
 def _cut(text: str, whole: bool) -> str:
     return text if whole or len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def proven(report: surgery.Report) -> Iterator[str]:
-    """The verdict, and what it rests on."""
+    """What the verdict rests on."""
     if report.proof is not None:
         yield "proof:"
         yield from _indented(said(report.proof))
-    for symmetry in report.plan.symmetries:
-        yield f"  any choice is right: {symmetry}"
-    for note in report.plan.notes:
-        yield f"  {note}"
+    yield from _indented(_folded([f"any choice is right: {symmetry}" for symmetry in report.plan.symmetries]))
+    yield from _indented(report.plan.notes)
 
 
 def said(proof: Proof) -> Iterator[str]:
-    """What running showed, a sentence each."""
-    yield from dict.fromkeys(proof.sentences)
+    """What running showed, a sentence each; sentences that are the same for each of repeated blocks are one."""
+    yield from _folded(list(dict.fromkeys(proof.sentences)))
+
+
+def _folded(sentences: Sequence[str]) -> list[str]:
+    from surgery.fold import Line, Ranges, fold, spell_range
+
+    ranges = Ranges()
+    found = []
+    for line in fold([Line(sentence, (), None) for sentence in sentences], ranges):
+        used = [name for name in ranges.numbers if f"{{{name}}}" in line.name]
+        found.append(line.name + "".join(f" ({name} = {spell_range(ranges.numbers[name])})" for name in used))
+    return found
+
+
+def reasons(report: surgery.Report) -> Iterator[str]:
+    """Why the answer is what it is, and the first place where the two part."""
+    parted = str(report.proof.divergence) if report.proof is not None and report.proof.divergence else ""
+    message = report.message.replace(parted, "").rstrip("; ") if parted else report.message
+    if message:
+        yield f"  {message}"
+    if parted:
+        yield f"first divergence: {parted}"
 
 
 def verdict(report: surgery.Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -19,6 +20,7 @@ from zoo.out import Out
 
 if TYPE_CHECKING:
     import surgery
+    from surgery.proof import Proof
     from zoo.grafting import Source
     from zoo.target import Target
 
@@ -141,15 +143,27 @@ def verify(
         ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False
     )
     job = _prepare(out, asked)
-    wrong = written.differences(made, job.source, job.target.model, into)
+    wrong = written.differences(made, job.source, job.target.model)
     if job.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
     import surgery
+    from zoo.grafting import outputs_left, with_outputs
 
-    with _running(job.target):
-        proof = surgery.verify(
-            job.source.checkpoint, job.target.model, made.plan, probe=job.probe, passes=passes or ("cpu/float64",)
-        )
+    def run(probe: surgery.Probe) -> Proof:
+        with _running(job.target):
+            return surgery.verify(
+                job.source.checkpoint,
+                job.target.model,
+                made.plan,
+                probe=probe,
+                passes=passes or ("cpu/float64",),
+                into=into,
+            )
+
+    proof = run(job.probe)
+    kept, _ = outputs_left(job.source.checkpoint, job.probe, made.plan, proof)
+    if kept:
+        proof = run(with_outputs(job.probe, kept))
     good = not wrong and proof.verdict in ("proven", "adapted")
     verdict = proof.verdict if good or proof.verdict not in ("proven", "adapted") else "differs"
     message = "; ".join([*wrong, *([proof.message] if proof.message else [])])
@@ -225,48 +239,33 @@ def _offers_static() -> Iterator[None]:
 
 def _operate(job: Job, asked: Asked, *, force: bool) -> surgery.Report:
     """The graft, in memory. An answer that is no comes back as its report; anything else that is wrong is raised."""
-    from dataclasses import replace
-
     import surgery
 
-    job.source.hashing()
     given = surgery.Plan.load(asked.plan) if asked.plan is not None else None
     least = "refuted" if force else asked.require
-    try:
-        report = _graft(job, asked, given, least)
-    except surgery.GraftError as error:
-        if error.report is None:
-            raise
-        report = error.report
-        if asked.accept is not None and report.candidates:
-            report = _take(job, asked, report, least)
-    if report.plan.rows:
-        report = replace(report, plan=job.source.stamped(report.plan))
+    report = _graft(job, asked, given, least)
+    if asked.accept is not None and report.candidates:
+        if asked.accept > len(report.candidates):
+            raise ZooError(
+                f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}"
+            )
+        report = _graft(job, asked, report.candidates[asked.accept - 1], "refuted" if force else "ambiguous")
     return report
 
 
-def _take(job: Job, asked: Asked, report: surgery.Report, least: str) -> surgery.Report:
-    """The candidate that was asked for, applied and run like any plan."""
-    import surgery
+def _graft(job: Job, asked: Asked, given: surgery.Plan | None, least: str) -> surgery.Report:
+    from dataclasses import replace
 
-    assert asked.accept is not None
-    if asked.accept > len(report.candidates):
-        raise ZooError(f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}")
+    import surgery
+    from zoo.grafting import operate
+
     try:
-        return _graft(job, asked, report.candidates[asked.accept - 1], "refuted" if least == "refuted" else "ambiguous")
+        with _running(job.target):
+            return operate(job.source, job.target.model, job.probe, plan=given, into=asked.into, require=least)
     except surgery.GraftError as error:
         if error.report is None:
             raise
-        return error.report
-
-
-def _graft(job: Job, asked: Asked, given: surgery.Plan | None, least: str) -> surgery.Report:
-    import surgery
-
-    with _running(job.target):
-        return surgery.graft(
-            job.source.checkpoint, job.target.model, probe=job.probe, plan=given, into=asked.into, require=least
-        )
+        return replace(error.report, plan=job.source.stamped(error.report.plan))
 
 
 @contextlib.contextmanager
@@ -279,7 +278,9 @@ def _running(target: Target) -> Iterator[None]:
 
     home = str(target.file.resolve().parent)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            # torch says this whenever oneDNN is switched off and on again, on machines without the GPU it speaks of.
+            warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")
             yield
     except (SurgeryError, ZooError):
         raise
@@ -316,17 +317,14 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
 
     def human() -> str:
         head = out.style(f"{job.source.ref} -> {job.target}", "bold")
+        good = _accepted(report, asked, force=bool(wrote))
         lines = [head, f"from {job.source.located.where}", ""]
-        if report.rows:
-            lines.append(account.render(report, why=asked.why))
-        lines += account.candidates(report)
-        lines += [f"  {note}" for note in job.notes]
-        good = report.verdict.rank >= _rank("consistent")
+        if good or asked.why:
+            lines += [account.render(report, why=asked.why), *(f"  {note}" for note in job.notes)]
         lines.append(out.style(account.verdict(report), "green" if good else "red"))
-        if report.message and not (good and report.message in lines):
-            lines.append(report.message)
-        if report.rows:
-            lines.append(account.counts(report))
+        lines += account.reasons(report)
+        lines += account.candidates(report)
+        lines += [account.counts(report)] if report.rows else []
         lines += [f"{'wrote' if i == 0 else '     '} {path}" for i, path in enumerate(wrote)]
         return "\n".join(lines)
 
@@ -335,8 +333,8 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
 
 def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
     if str(report.verdict) == "ambiguous" and report.candidates:
-        out.hint("--accept N takes a candidate; an example() that tells them apart is better")
-    elif str(report.verdict) == "refuted":
-        out.hint("nothing was written; correct the module where they part, or write all the same with --force")
+        out.hint("nothing was written; --accept N takes a candidate")
+    elif str(report.verdict) in ("ambiguous", "refuted"):
+        out.hint("nothing was written; --why shows what was found, --force writes it all the same")
     elif report.verdict.rank < _rank(asked.require):
         out.hint(f"nothing was written: {report.verdict} is less than {asked.require}, which is required")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     import surgery
+    from surgery.proof import Proof
     from zoo.host import Host
     from zoo.hub import Hub
     from zoo.sources import Located
@@ -235,6 +236,105 @@ def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- the graft
 
 
+def operate(
+    source: Source,
+    model: nn.Module,
+    probe: surgery.Probe | None,
+    *,
+    plan: surgery.Plan | None = None,
+    rules: Any = (),
+    into: str = "",
+    require: str = "consistent",
+) -> surgery.Report:
+    """surgery.graft, for a reference that may answer for more than the target has.
+
+    A whole model gives a pooled vector as well; a target without a pooler is proven on the rest. An output is let go
+    only where all that it alone depends on was dropped.
+    """
+    import surgery
+
+    source.hashing()
+    try:
+        report = surgery.graft(
+            source.checkpoint, model, probe=probe, plan=plan, rules=rules, into=into, require=require
+        )
+    except surgery.GraftError as error:
+        report = _on_the_rest(source, model, probe, error, into, require)
+    return replace(report, plan=source.stamped(report.plan))
+
+
+def _on_the_rest(
+    source: Source,
+    model: nn.Module,
+    probe: surgery.Probe | None,
+    error: surgery.GraftError,
+    into: str,
+    require: str,
+) -> surgery.Report:
+    """The graft again by the plan that was found, proven on the outputs that the target has; or the error."""
+    import surgery
+
+    report = error.report
+    if report is None or probe is None or report.proof is None:
+        raise error
+    kept, gone = outputs_left(source.checkpoint, probe, report.plan, report.proof)
+    if not kept:
+        raise error
+    less, found = with_outputs(probe, kept), replace(report.plan, diagnosis="")
+    again = surgery.graft(source.checkpoint, model, probe=less, plan=found, into=into, require=require)
+    note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
+    return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))
+
+
+def with_outputs(probe: surgery.Probe, kept: tuple[str, ...]) -> surgery.Probe:
+    """The same probe, answering for fewer outputs."""
+    run, at = probe.run_reference, [probe.outputs.index(name) for name in kept]
+    return replace(probe, run_reference=lambda module, x: tuple(run(module, x)[i] for i in at), outputs=kept)
+
+
+def outputs_left(
+    checkpoint: surgery.Checkpoint, probe: surgery.Probe, plan: surgery.Plan, proof: Proof
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(outputs that were proven, outputs that the target does not have); both empty where it is not so simple."""
+    ran = proof.passes[0]
+    kept = tuple(name for name, residual in ran.residuals.items() if residual <= ran.gate)
+    gone = tuple(name for name in ran.residuals if name not in kept)
+    if not kept or not gone or set(ran.residuals) != set(probe.outputs):
+        return (), ()
+    depends = _dependences(checkpoint, probe)
+    alone = set().union(*(depends[name] for name in gone)) - set().union(*(depends[name] for name in kept))
+    dropped = {drop.source for drop in plan.dropped}
+    return (kept, gone) if alone and alone <= dropped else ((), ())
+
+
+def _dependences(checkpoint: surgery.Checkpoint, probe: surgery.Probe) -> dict[str, set[str]]:
+    """For each output of the reference, the tensors of the checkpoint that it depends on: those with a gradient."""
+    import torch
+
+    from surgery.expr import names
+    from surgery.link import link
+
+    linked = link(probe.reference, checkpoint)
+    live = {name: value for name, value in probe.reference.named_parameters() if name in linked}
+    wanted = {name: value.requires_grad for name, value in live.items()}
+    found: dict[str, set[str]] = {}
+    try:
+        for value in live.values():
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            outputs = probe.run_reference(probe.reference, probe.search_input())
+            for name, output in zip(probe.outputs, outputs, strict=True):
+                grads = torch.autograd.grad(
+                    output.double().square().sum(), list(live.values()), allow_unused=True, retain_graph=True
+                )
+                reached = [key for key, grad in zip(live, grads, strict=True) if grad is not None]
+                found[name] = {source for key in reached for source in names(linked[key])}
+    finally:
+        for name, value in live.items():
+            value.requires_grad_(wanted[name])
+    return found
+
+
 def graft(
     ref: str,
     target: nn.Module,
@@ -252,7 +352,6 @@ def graft(
     `example` is what the target's forward takes (a tensor, a tuple or a dict by name), where its parameters' names do
     not say; `probe` replaces the entry's own reference; `into` grafts into a submodule.
     """
-    import surgery
     from zoo.target import checked_example
 
     source = resolve(ref, part=part)
@@ -260,7 +359,5 @@ def graft(
         runnable = source.reference()
         if runnable is not None:
             given = None if example is None else checked_example(example, "example")
-            name = type(target).__name__
-            probe, _ = probe_for(runnable, target, example=given, into=into, where=name)
-    report = surgery.graft(source.checkpoint, target, probe=probe, plan=plan, rules=rules, into=into, require=require)
-    return replace(report, plan=source.stamped(report.plan))
+            probe, _ = probe_for(runnable, target, example=given, into=into, where=type(target).__name__)
+    return operate(source, target, probe, plan=plan, rules=rules, into=into, require=require)

@@ -126,8 +126,13 @@ def read(weights: Path) -> Written:
 
 
 def start_from(model: nn.Module, path: str) -> None:
-    """Load a person's own weights into their module: every tensor of it, and nothing else."""
+    """Load a person's own weights into their module: every tensor of it, and nothing else.
+
+    What a graft does not fill is then kept, and not new; but what an earlier graft's plan says is new stays so.
+    """
     import surgery
+    from surgery.apply import remember
+    from surgery.plan import Status
 
     own = surgery.open(path)
     state = model.state_dict()
@@ -147,6 +152,11 @@ def start_from(model: nn.Module, path: str) -> None:
             hint=near or "give the constructor the arguments that it was saved with, by --set",
         )
     model.load_state_dict({name: own.read(name).clone() for name in state})
+    fresh: set[str] = set()
+    beside = plan_beside(Path(path))
+    if beside.is_file():
+        fresh = {row.target for row in surgery.Plan.load(beside).rows if row.status == Status.NEW}
+    remember(model, frozenset(state) - fresh)
 
 
 def _some(what: str, names: list[str]) -> Iterator[str]:
@@ -154,16 +164,15 @@ def _some(what: str, names: list[str]) -> Iterator[str]:
         yield f"{what} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def differences(made: Written, source: Source, model: nn.Module, into: str) -> list[str]:
+def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
     """What keeps written weights from being what their plan says of this source and this module."""
     from surgery import open
     from surgery.checkpoint import raw_bytes
     from surgery.write import row_value
 
     plan, checkpoint = made.plan, source.checkpoint
-    prefix = f"{into}." if into else ""
     found = []
-    target = {name.removeprefix(prefix): info for name, info in open(model.state_dict()).items()}
+    target = open(model.state_dict())
     plan.check(checkpoint, target)
     if plan.verdict_on(checkpoint, target) == "stale":
         found.append(f"{made.path} was changed after it was verified")
@@ -177,10 +186,10 @@ def differences(made: Written, source: Source, model: nn.Module, into: str) -> l
         if origin.expr is None:
             continue
         value = row_value(origin, checkpoint.read, lambda name: checkpoint[name].dtype)
-        held = made.weights.read(prefix + row.target)
+        held = made.weights.read(row.target)
         # By bytes: zeros have two signs, and what is not a number equals nothing.
         if value.dtype != held.dtype or raw_bytes(value, row.target) != raw_bytes(held, row.target):
-            other.append(prefix + row.target)
+            other.append(row.target)
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         found.append(f"the weights are not what the plan gives: {', '.join(other[:3])}{more}")
