@@ -128,7 +128,7 @@ class Exercise:
             name = several[0]
             for number, lines in self.segments(name):
                 whole = self.hit.get(name)
-                if whole is None or not bool(whole[lines].any()):
+                if whole is None or not bool(torch.atleast_1d(whole)[lines].any()):
                     silent.append((vid, name, number, lines))
         if not silent:
             return
