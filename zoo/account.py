@@ -47,7 +47,8 @@ def _sections(report: surgery.Report, *, why: bool) -> Iterator[str]:
         elements = sum(_elements(shapes[row.name].shape) for row in rows if row.name in shapes)
         size = f", {amount(elements)} parameters" if elements else ""
         yield f"{title}: {len(rows)} tensor{'s' * (len(rows) > 1)}{size}{f' ({means})' if means else ''}"
-        yield from _indented(_lines(rows, report, why=why))
+        if status != "kept" or why:  # of what was there before, the number is enough
+            yield from _indented(_lines(rows, report, why=why))
 
 
 def _elements(shape: Sequence[int]) -> int:

@@ -190,6 +190,7 @@ class Job:
     target: Target
     probe: surgery.Probe | None
     notes: tuple[str, ...] = ()
+    plan: surgery.Plan | None = None  # the one to apply, where one was given
 
 
 def _prepare(out: Out, asked: Asked) -> Job:
@@ -197,6 +198,7 @@ def _prepare(out: Out, asked: Asked) -> Job:
     from zoo import api, grafting, target
 
     target.split(asked.file)
+    given = _given(asked.plan) if asked.plan is not None else None
     host = host_for(out)
     host.pick(asked.ref)
     made = None if asked.fit else target.load(asked.file, sets=asked.sets, seed=asked.seed)
@@ -215,16 +217,26 @@ def _prepare(out: Out, asked: Asked) -> Job:
     if asked.into:
         grafting.submodule(made.model, asked.into)
     if asked.static:
-        return Job(source, made, None, ("nothing was run, as --static asks",))
+        return Job(source, made, None, ("nothing was run, as --static asks",), given)
     with _offers_static():
         runnable = source.reference()
     if runnable is None:
-        return Job(source, made, None, (f"{source.unrunnable()}; nothing was run",))
+        return Job(source, made, None, (f"{source.unrunnable()}; nothing was run",), given)
     example = target.example_of(made, asked.example)
     probe, notes = grafting.probe_for(
         runnable, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
     )
-    return Job(source, made, probe, notes)
+    return Job(source, made, probe, notes, given)
+
+
+def _given(path: str) -> surgery.Plan:
+    import surgery
+
+    if not Path(path).is_file():
+        raise ZooError(
+            f"there is no plan {path}", kind="file", hint="zoo graft writes one beside the weights: NAME.graft.toml"
+        )
+    return surgery.Plan.load(path)
 
 
 @contextlib.contextmanager
@@ -239,11 +251,8 @@ def _offers_static() -> Iterator[None]:
 
 def _operate(job: Job, asked: Asked, *, force: bool) -> surgery.Report:
     """The graft, in memory. An answer that is no comes back as its report; anything else that is wrong is raised."""
-    import surgery
-
-    given = surgery.Plan.load(asked.plan) if asked.plan is not None else None
     least = "refuted" if force else asked.require
-    report = _graft(job, asked, given, least)
+    report = _graft(job, asked, job.plan, least)
     if asked.accept is not None and report.candidates:
         if asked.accept > len(report.candidates):
             raise ZooError(

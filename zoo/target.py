@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ZooError, did_you_mean
+from zoo.errors import ZooError, close_matches, did_you_mean
 from zoo.fit import from_config
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def _nearby(path: Path) -> str:
         names = sorted(each.name for each in path.parent.iterdir() if each.suffix == ".py")
     except OSError:
         return f"there is no folder {path.parent} either"
-    return did_you_mean(path.name, names) or f"relative paths start at {Path.cwd()}"
+    found = close_matches(path.name, names)
+    near = " or ".join(str(path.with_name(name)) for name in found)
+    return f"did you mean {near}?" if near else f"relative paths start at {Path.cwd()}"
 
 
 @contextlib.contextmanager
@@ -327,7 +329,7 @@ def example_of(target: Target, asked: str | None) -> Any:
         if asked is None:
             return None
         functions = [key for key, value in vars(namespace).items() if isinstance(value, FunctionType)]
-        hint = did_you_mean(name, functions) or _listed("its functions are", functions)
+        hint = did_you_mean(name, functions) or f"add it: def {name}(): return ... inputs that forward takes"
         raise ZooError(f"{file} defines no {name}", kind="unknown", hint=hint)
     if not callable(found):
         raise ZooError(f"{file}: {name} is no function", kind="file", hint=f"write it as def {name}(): return ...")
