@@ -281,22 +281,24 @@ class _Touch(TorchFunctionMode):
 class Recorder(TorchDispatchMode):
     """Records on a Tape what runs inside; use `record()`."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, sizes: frozenset[int] | None = None) -> None:
         super().__init__()
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
+        self.sizes = sizes
         self.inside = False
 
     # -- values -------------------------------------------------------------------------------------------------------
     def add(self, t: Tensor, value: Value) -> int:
         vid = len(self.tape.values)
-        if value.origin == "node" and (value.data or value.weights):
+        told = self.sizes is None or t.numel() in self.sizes
+        if value.origin == "node" and (value.data or value.weights) and told:
             value.fingerprint = fingerprint(t)
         size = t.numel() * t.element_size()
-        if value.origin != "param" and (not t.is_floating_point() or size <= self.budget):
+        if value.origin != "param" and (not t.is_floating_point() or (told and size <= self.budget)):
             value.tensor = t.detach().clone()
             self.budget -= size if t.is_floating_point() else 0
         self.tape.values.append(value)
@@ -486,14 +488,16 @@ def record(
     x: Any,
     *,
     keep: int = 1 << 31,
+    sizes: frozenset[int] | None = None,
     weights: set[str] | None = None,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
     `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it. `weights`: the
-    state-dict names that count as weights (all of them); the others are constants of the program.
+    state-dict names that count as weights (all of them); the others are constants of the program. `sizes`: how many
+    elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held anyway.
     """
-    rec = Recorder(keep)
+    rec = Recorder(keep, sizes)
     tape = rec.tape
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     state = module.state_dict(keep_vars=True)
