@@ -128,6 +128,8 @@ class Exercise:
             name = several[0]
             for number, lines in self.segments(name):
                 whole = self.hit.get(name)
+                if self.cancelled.get(name, {}).get(number) or number in self.moved.get(name, ()):
+                    continue  # known already; that no gradient reaches it holds here too
                 if whole is None or not bool(torch.atleast_1d(whole)[lines].any()):
                     silent.append((vid, name, number, lines))
         if not silent:
@@ -158,7 +160,7 @@ class Exercise:
         ends = _ends(tape, nodes, base, moved, vid)
         why = "" if not ends else _symmetry(tape, ends, base, moved)
         said = self.cancelled.setdefault(name, {})
-        said[number] = why if said.get(number, why) == why else ""
+        said[number] = said.get(number, "") or why  # an input of one token shows nothing, for or against
 
     def segments(self, name: str) -> list[tuple[int, Tensor]]:
         """The segments of a tensor along its first axis: (number, the rows), each filled by one run of one index

@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,20 +126,27 @@ class Judge:
             )
 
     def record_reference(self, at: int, calls: list[Call] | None = None) -> Tape:
-        label, x = self.inputs[at]
-        weights = set(self.links)
-        return self._record(self.reference_side, self.reference_twin(), x, label, weights, calls)
+        return self._record(self.reference_side, self.reference_twin(), at, set(self.links), calls, None)
 
-    def record_target(self, twin: nn.Module, at: int, calls: list[Call] | None = None) -> Tape:
-        label, x = self.inputs[at]
-        return self._record(self.target_side, twin, x, label, set(self.values), calls)
+    def record_target(
+        self, twin: nn.Module, at: int, calls: list[Call] | None = None, sizes: frozenset[int] | None = None
+    ) -> Tape:
+        """`sizes`: how many elements the activations of interest have (any number)."""
+        return self._record(self.target_side, twin, at, set(self.values), calls, sizes)
 
     def _record(
-        self, side: Side, twin: nn.Module, x: Any, label: str, weights: set[str], calls: list[Call] | None
+        self,
+        side: Side,
+        twin: nn.Module,
+        at: int,
+        weights: set[str],
+        calls: list[Call] | None,
+        sizes: frozenset[int] | None,
     ) -> Tape:
+        label, x = self.inputs[at]
         x = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, x)
-        with side.failures(twin, label, calls):
-            return record(side.run, twin, x, weights=weights)
+        with side.failures(twin, label, calls, sizes):
+            return record(side.run, twin, x, weights=weights, sizes=sizes)
 
     # -- comparing ------------------------------------------------------------------------------------------------
     def compare(self, expected: list[list[Tensor]], target: nn.Module) -> Comparison:
@@ -192,7 +200,7 @@ class Judge:
         self, expected: list[Tensor], target: nn.Module, at: int, found: Comparison
     ) -> list[tuple[float, str, frozenset[Place]]]:
         calls: list[Call] = []
-        tape = self.record_target(target, at, calls)
+        tape = self.record_target(target, at, calls, frozenset(a.numel() for a in expected))
         index = surface.indexed(tape)
         results = []
         found.tapes.append((tape, []))
@@ -323,7 +331,9 @@ class Judge:
         rows = {r.target: r for r in self.plan.rows if r.status in MADE}
         exercise = Exercise(self.source, rows, self.values)
         try:
-            for tape, outputs in found.tapes or self._recorded():
+            runs = found.tapes or self._recorded()
+            # Small inputs first: what they explain need not be explained on large ones.
+            for tape, outputs in sorted(runs, key=lambda run: sum(math.prod(run[0].values[v].shape) for v in run[1])):
                 exercise.add(tape, outputs)
         except NotFaithful:
             return [], [], "the target's run cannot be replayed, so that what the inputs exercised is unknown"
@@ -340,7 +350,7 @@ class Judge:
     def _recorded(self) -> Iterator[tuple[Tape, list[int]]]:
         twin = self.target_twin()
         for at in range(len(self.inputs)):
-            tape = self.record_target(twin, at)
+            tape = self.record_target(twin, at, sizes=frozenset(a.numel() for a in self.expected[at]))
             yield tape, tape.outputs()
 
     def _note_new(self) -> None:

@@ -106,17 +106,19 @@ class Call:
 
 
 @contextmanager
-def watched(module: nn.Module, calls: list[Call] | None, stack: list[str]) -> Iterator[None]:
+def watched(
+    module: nn.Module, calls: list[Call] | None, stack: list[str], sizes: frozenset[int] | None = None
+) -> Iterator[None]:
     """While a copy runs: the path of the module that is running is on top of `stack` (and stays there after an
-    exception); finished calls are appended to `calls`, in order of completion."""
+    exception); finished calls are appended to `calls`, in order of completion. Tensors whose number of elements is not
+    in `sizes` are not held, and stand there empty."""
     open_calls: list[Call] = []
     handles = []
 
     def held(x: Any) -> list[Tensor]:
         with _disable_current_modes():  # a recorder must not see the copies
-            return [
-                t.detach().clone() for t in tree_iter(x) if isinstance(t, Tensor) and not isinstance(t, twin.Lifted)
-            ]
+            found = (t for t in tree_iter(x) if isinstance(t, Tensor) and not isinstance(t, twin.Lifted))
+            return [t.detach().clone() if sizes is None or t.numel() in sizes else t.new_empty(0) for t in found]
 
     def enter(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -169,11 +171,17 @@ class Side:
         return self.tensors(out)
 
     @contextmanager
-    def failures(self, module: nn.Module, label: str, calls: list[Call] | None = None) -> Iterator[None]:
+    def failures(
+        self,
+        module: nn.Module,
+        label: str,
+        calls: list[Call] | None = None,
+        sizes: frozenset[int] | None = None,
+    ) -> Iterator[None]:
         """What the side raises becomes an error for the person, with the module where it happened."""
         stack: list[str] = []
         try:
-            with watched(module, calls, stack):
+            with watched(module, calls, stack, sizes):
                 yield
         except Exception as error:
             where = f" in {stack[-1]}" if stack and stack[-1] else ""
