@@ -56,7 +56,7 @@ def find(
     floats = {n for n, t in own.items() if t.is_floating_point() and n not in kept}
 
     def again(values: dict[str, Tensor]) -> Any:
-        return record(probe.call_target, twin.twin(target, values), x, weights=floats)
+        return record(probe.call_target, twin.twin(target, values), x, weights=floats, keep=0)
 
     tape = _ran("target", lambda: again({}))
     outputs = seen.outputs()

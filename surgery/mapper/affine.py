@@ -346,13 +346,15 @@ class Affine:
             moved = [i for i in node.inputs if values[i].dtype.is_floating_point]
         result: list[Term] = []
         kwargs_free = name in ("_to_copy", "clone", "copy")
+        if (rows := self._looked_up(node)) is not None:
+            return rows
         for i in dict.fromkeys(moved):
             for term in self.terms(i, root=root):  # what is moved is still the whole value
 
                 def one(t: Tensor, i: int = i) -> Tensor:
                     if kwargs_free:
                         return t.expand(values[node.outs[0]].shape)
-                    feed = {j: torch.zeros(values[j].shape, dtype=torch.float64) for j in moved}
+                    feed = {j: torch.zeros(values[j].shape, dtype=torch.float64) for j in moved if j != i}
                     feed[i] = t
                     y = self.run(node, feed)
                     return y[out] if isinstance(y, (tuple, list)) else y
@@ -366,6 +368,28 @@ class Affine:
                     continue
                 result.append(new)
         return result
+
+    def _looked_up(self, node: Node) -> list[Term] | None:
+        """Rows of a table: their numbers, without numbering the whole table."""
+        if base(node.op) != "index" or self.tape.values[node.args[0].vid].origin != "param":
+            return None
+        where = node.args[1]
+        if len(where) != 1 or not isinstance(where[0], Ref):
+            return None
+        ids = self.known(where[0].vid)
+        if ids is None or ids.dtype == torch.bool:
+            return None
+        return self.row_terms(node.args[0].vid, ids.to(torch.int64))
+
+    def row_terms(self, vid: int, rows: Tensor) -> list[Term]:
+        """The terms of these rows of a weight."""
+        return [Term("weight", 1.0, ids=self.row_numbers(vid, rows).to(torch.float64))]
+
+    def row_numbers(self, vid: int, rows: Tensor) -> Tensor:
+        n, *rest = self.tape.values[vid].shape
+        size = math.prod(rest)
+        rows = torch.where(rows < 0, rows + n, rows)
+        return (self.offset[vid] + rows.unsqueeze(-1) * size + torch.arange(size)).reshape(*rows.shape, *rest)
 
     def _sum(self, node: Node, shape: tuple[int, ...], root: bool) -> list[Term]:
         name = base(node.op)

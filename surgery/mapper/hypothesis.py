@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Bound:
     ids: Tensor
     more: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
     def full(self) -> bool:
         return bool((self.ids != 0).all())
 
@@ -65,13 +66,14 @@ class Hypothesis(Affine):
         self.parted = ""  # the first module whose input occurs in the reference and whose output does not
         self.version = 0
         self.unknown: dict[int, int] = {}
+        self.hopeless: dict[int, tuple[int, bool]] = {}
         for vid, v in enumerate(tape.values):
             if v.origin in ("input", "const") and v.tensor is not None:
                 self.env[vid] = v.tensor
 
     def fork(self) -> Hypothesis:
         new = copy.copy(self)
-        for name in ("env", "bound", "constant", "template", "where", "virtual", "unknown"):
+        for name in ("env", "bound", "constant", "template", "where", "virtual", "unknown", "hopeless"):
             setattr(new, name, dict(getattr(self, name)))
         new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
         return new
@@ -98,11 +100,51 @@ class Hypothesis(Affine):
         if all(self.known(i) is not None for i in node.inputs):
             self.compute(node)
             return self.env.get(vid)
+        if self._hopeless(vid):
+            self.unknown[vid] = self.version
+            return None
         if self.kind(node) in ("layout", "sum", "product") and (value := self._partly(vid)) is not None:
             self.env[vid] = value
             return value
         self.unknown[vid] = self.version
         return None
+
+    def _hopeless(self, vid: int) -> bool:
+        """Does it meet a weight of which nothing is settled? (A product with rows of zeros meets none.)"""
+        if vid in self.env:
+            return False
+        v = self.tape.values[vid]
+        if v.origin == "param":
+            return v.name not in self.bound and v.name not in self.constant
+        if v.origin != "node":
+            return True
+        if self.hopeless.get(vid, (-1, False))[0] == self.version:
+            return self.hopeless[vid][1]
+        found = self._meets_open(self.tape.nodes[v.node])
+        self.hopeless[vid] = (self.version, found)
+        return found
+
+    def _meets_open(self, node: Node) -> bool:
+        if self.kind(node) == "product":
+            data = [i for i in node.inputs if not self.weight_only(i)]
+            x = self.env.get(data[0]) if data else None
+            if x is not None and not bool((x != 0).any()):
+                return False
+        return any(self._hopeless(i) for i in node.inputs if self.tape.values[i].dtype.is_floating_point)
+
+    def row_terms(self, vid: int, rows: Tensor) -> list[Term]:
+        v = self.tape.values[vid]
+        b = self.bound.get(v.name)
+        if b is None:
+            return super().row_terms(vid, rows)
+        rows = torch.where(rows < 0, rows + v.shape[0], rows)
+        part = Bound(b.ids.reshape(v.shape[0], -1)[rows], [m.reshape(v.shape[0], -1)[rows] for m in b.more])
+        shape = (*rows.shape, *v.shape[1:])
+        open_ = (part.ids == 0).reshape(shape)
+        out = [Term("known", 1.0, value=torch.where(open_, 0.0, self._gather(part).reshape(shape)), vid=vid)]
+        if bool(open_.any()):
+            out.append(Term("weight", 1.0, ids=torch.where(open_, self.row_numbers(vid, rows).to(torch.float64), 0.0)))
+        return out
 
     def _partly(self, vid: int) -> Tensor | None:
         """A value that meets only the settled elements of a tensor that is settled in part (rows of a table)."""

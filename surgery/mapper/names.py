@@ -89,3 +89,127 @@ def likeness(a: str, b: str) -> float:
     total = sum(0.8**i for i in range(max(len(wa), len(wb))))
     numbers = 0.2 if na and nb and na[-1] == nb[-1] else 0.0
     return score / total + numbers
+
+
+# -- roles: what a name claims, where it claims anything ------------------------------------------------------------------
+# Each line: a question, an answer, and the words that give this answer. Two names that answer one question differently
+# speak of different tensors; a name that is silent contradicts nothing. Words that mean one thing in one library and
+# another in the next ("post_attention", "output", "w1") answer nothing, and so stand under "none".
+ROLES = """
+projection query: query q wq w_q to_q q_proj query_proj q_lin query_projection q_linear query_layer linear_q
+projection key: key k wk w_k to_k k_proj key_proj k_lin key_projection k_linear key_layer linear_k
+projection value: value v wv w_v to_v v_proj value_proj v_lin value_projection v_linear value_layer linear_v
+projection fused: qkv kqv kv wqkv to_qkv qkv_proj query_key_value c_attn in_proj to_kv kv_proj xkv attn_qkv w_pack
+projection query, sublayer cross: xq
+projection key, sublayer cross: xk
+projection value, sublayer cross: xv
+sublayer self: attn attention att self_attn self_attention sa mha selfattention multi_head_attention pre_attn pre_attention
+sublayer cross: cross cross_attn crossattention cross_attention encoder_attn enc_dec_attention enc_dec_attn xattn
+sublayer cross: encoder_decoder_attention encdecattention inter_attention
+sublayer feedforward: ff ffn mlp feed_forward feedforward dense_relu_dense pre_mlp pre_ffn pre_ff pre_feedforward
+sublayer feedforward: post_mlp post_ffn post_ff post_feedforward
+feedforward up, sublayer feedforward: intermediate intermediate_dense ffn_in ff_in linear1 lin1
+feedforward up: up up_proj c_fc wi fc1 w_in fc_in
+feedforward down, sublayer feedforward: ffn_out ff_out linear2 lin2
+feedforward down: down down_proj fc2 w_out fc_out
+feedforward gate: gate gate_proj
+table token: word_embeddings word_embedding token_embedding token_embeddings embed_tokens tok_embeddings wte tok tokens
+table token: words piece_embeddings piece vocab_embedding embed_in token_emb tok_emb word_embed token_embed
+table position: position positions pos pos_embed pos_embedding position_embedding position_embeddings positional wpe
+table position: positional_embedding posemb pos_emb embed_positions w_pos pe
+table segment: token_type token_type_embeddings segment seg type_embeddings wse tok_type type_embedding segment_embeddings
+table class: cls_token class_token class_embedding cls_embedding cls_embed class_embed
+table distillation: dist_token distillation_token
+table register: reg_token register_tokens reg_tokens register_token
+table mask: mask_token masked_spec_embed mask_embedding mask_emb
+table patch: patch patches patch_embed patch_embedding patch_embeddings patchify
+table relative: rel_pos relative_position relative_attention_bias rel_attn_embed relative_position_bias_table gru_rel_pos
+table relative: relative_position_bias rel_pos_bias
+table poskernel: pos_conv_embed conv_pos pos_conv
+tower vision: vision visual image img vision_model
+tower text: text txt language textual text_model
+tower audio: audio speech
+side encoder: encoder enc
+side decoder: decoder dec
+part head: head heads classifier lm_head predictions cls_classifier head_norm fc_norm logits vocab_projector qa_outputs
+part head: vocab_transform vocab_layer_norm seq_relationship
+part head, table distillation: distillation_classifier head_dist
+part pooler: pooler pool
+part scale: logit_scale temperature
+part bias: logit_bias
+part layerscale: ls layer_scale layer_scale_parameter layerscale
+place embeddings: embeddings emb embed embedder embedding
+order pre: pre
+order post: post final last f
+squeeze reduce: reduce conv_reduce
+squeeze expand: conv_expand
+depth depthwise: dw dwconv depthwise conv_dw depthwise_conv
+depth pointwise: pw pwconv conv_pw pointwise
+none: post_attn post_attention after_attn after_attention attn_pool attention_pool cls output_attention
+"""
+# Words of form rather than of meaning: that two names share one of these says nothing.
+GENERIC = frozenset(
+    """weight bias model module layer block transformer net network body base backbone trunk dense linear lin proj
+    projection fc conv convolution norm ln layernorm batchnorm bn layer_norm normalization output out input in emb embed
+    embedding table param feature_map h resblock stage main self kernel gamma beta original""".split()
+)
+OUT = frozenset("out output o wo out_proj o_proj to_out out_lin proj c_proj dense final_projection xo w_o".split())
+# Ordinals that people write as words.
+ORDINALS = {"before": 1, "after": 2}
+
+Roles = dict[str, str]
+
+
+def _roles() -> tuple[dict[tuple[str, ...], tuple[tuple[str, str], ...]], int]:
+    found: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}
+    for line in ROLES.strip().splitlines():
+        said, _, spelled = line.partition(":")
+        answers = tuple((a.split()[0], a.split()[1]) for a in said.split(",") if len(a.split()) == 2)
+        for phrase in spelled.split():
+            found[tuple(_parts(phrase))] = answers
+    return found, max(map(len, found))
+
+
+def _parts(component: str) -> list[str]:
+    """The words of one component of a path: split at underscores, capitals and before trailing digits."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", component).lower()
+    snake = re.sub(r"(?<=[a-z])(?=\d+(?:_|$))", "_", snake)
+    return [w for w in re.split(r"[^a-z0-9]+", snake) if w]
+
+
+_ROLES, _LONGEST = _roles()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def claims(path: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], frozenset[str], tuple[int, ...]]:
+    """What a path claims: (question, answer) pairs, the inner component's answer before an outer one's; the other words
+    that mean something; and the numbers of the last component."""
+    answers: Roles = {}
+    rest: set[str] = set()
+    for component in path:
+        parts = _parts(component)
+        i = 0
+        here: Roles = {}
+        while i < len(parts):
+            for n in range(min(_LONGEST, len(parts) - i), 0, -1):
+                said = _ROLES.get(tuple(parts[i : i + n]))
+                if said is not None:
+                    here.update(said)
+                    break
+            else:
+                n = 1
+                word = parts[i]
+                singular = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+                if not word.isdigit() and singular not in GENERIC and word not in GENERIC:
+                    rest.add(singular)
+            i += n
+        answers.update(here)
+    last = _parts(path[-1]) if path else []
+    numbers = tuple(int(w) if w.isdigit() else ORDINALS[w] for w in last if w.isdigit() or w in ORDINALS)
+    return tuple(sorted(answers.items())), frozenset(rest - set(ORDINALS)), numbers
+
+
+def says_out(path: tuple[str, ...]) -> bool:
+    """Whether the innermost words say "output", which means something only where it is known of what."""
+    joined = {"_".join(_parts(c)) for c in path[-2:]}
+    return bool(joined & OUT)

@@ -261,6 +261,10 @@ def _canon() -> dict[Any, Callable[..., Any]]:
 
 
 CANON = _canon()
+MOVES = frozenset(
+    "view _unsafe_view reshape t transpose permute expand unsqueeze squeeze select slice split split_with_sizes unbind "
+    "clone _to_copy detach alias".split()
+)
 RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
 SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})
 
@@ -292,9 +296,10 @@ class Recorder(TorchDispatchMode):
         self.inside = False
 
     # -- values -------------------------------------------------------------------------------------------------------
-    def add(self, t: Tensor, value: Value) -> int:
+    def add(self, t: Tensor, value: Value, *, moved: bool = False) -> int:
+        """Number a value. `moved`: weights in another layout, of which nothing need be kept."""
         vid = len(self.tape.values)
-        told = self.sizes is None or t.numel() in self.sizes
+        told = (self.sizes is None or t.numel() in self.sizes) and not moved
         if value.origin == "node" and (value.data or value.weights) and told:
             value.fingerprint = fingerprint(t)
         size = t.numel() * t.element_size()
@@ -349,7 +354,7 @@ class Recorder(TorchDispatchMode):
         data = any(self.tape.values[v].data for v in refs)
         weights = any(self.tape.values[v].weights for v in refs)
         outs = []
-        name = getattr(op, "__name__", str(op))
+        name = str(op._schema.name).split("::")[1]
         random = any(name.lstrip("_").startswith(r) for r in RANDOM)
         for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
             if isinstance(t, Tensor):
@@ -358,7 +363,7 @@ class Recorder(TorchDispatchMode):
                     outs.append(int(known))
                     continue
                 v = Value(tuple(t.shape), t.dtype, origin, node=index, out=i, data=data, weights=weights)
-                outs.append(self.add(t, v))
+                outs.append(self.add(t, v, moved=weights and not data and name in MOVES))
                 if random:
                     self.tape.values[outs[-1]].tensor = t.detach().clone()
             else:
@@ -399,7 +404,7 @@ class Recorder(TorchDispatchMode):
             else:
                 raise NotRecordable(f"{func} writes in place in a way that has no functional form")
         overload = (
-            _out_free(packet, func) if name == "out" else getattr(packet, func._overloadname, None) or packet.default
+            _out_free(packet, func) if name == "out" else _functional(packet, func)
         )
         if torch.Tag.inplace_view in func.tags:  # only the strides change, no value does
             vid = self.vid(self.call(overload, *args, **kwargs))
@@ -445,6 +450,17 @@ class Recorder(TorchDispatchMode):
 
 class NotRecordable(Exception):
     """The program does something that a tape cannot hold."""
+
+
+def _functional(packet: Any, func: Any) -> Any:
+    """The overload of a functional operator that takes what the in-place one takes (transpose_ -> transpose.int)."""
+    if func._overloadname in packet.overloads():
+        return getattr(packet, func._overloadname)
+    want = [str(a.type) for a in func._schema.arguments]
+    for o in packet.overloads():
+        if [str(a.type) for a in getattr(packet, o)._schema.arguments] == want:
+            return getattr(packet, o)
+    raise NotRecordable(f"{func} has no functional form")
 
 
 def _out_free(packet: Any, func: Any) -> Any:

@@ -41,11 +41,24 @@ class Renderer:
         """The expression of a settled tensor. Raises Unrenderable."""
         if not b.full:
             raise Unrenderable("some elements are open")
+        if not b.more and (plain := self._plain(b.ids, shape)) is not None:
+            return plain
         addends = [b.ids.reshape(shape)] + [m.reshape(shape) for m in b.more]
         parts = [self.block(a.clamp_min(0)) for a in addends if bool((a > 0).any())]
         if not parts:
             return call("zeros", shape=shape)
         return parts[0] if len(parts) == 1 else call("add", *parts)
+
+    def _plain(self, ids: Tensor, shape: tuple[int, ...]) -> Expr | None:
+        """A whole tensor as it is: by far the most frequent case."""
+        n = ids.numel()
+        if not n or int(ids[-1]) - int(ids[0]) != n - 1:
+            return None
+        name = next((name for first, size, name in self.real if first == int(ids[0]) and size == n), None)
+        if name is None or name not in self.links or not bool((ids[1:] - ids[:-1] == 1).all()):
+            return None
+        have = self.ref.tape.values[self.ref.tape.params[name]].shape
+        return self.links[name] if have == shape else call("reshape", self.links[name], shape=shape)
 
     def block(self, ids: Tensor, depth: int = 0) -> Expr:
         """ids: source numbers, 0 for zero, in the shape wanted."""

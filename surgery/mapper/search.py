@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine, Term, apart, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
-from surgery.mapper.record import SYNC, Node, Tape, fingerprint
+from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.unify import Assignment, Match, function, live, match_rows, match_sites, present_rows, unify
 
@@ -320,7 +320,7 @@ class Search:
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
         for start, values in self._meeting(h, terms, cut):
-            for group in self._nearest(values, n):
+            for group in self._nearest(values, shape):
                 best: list[tuple[Match, float, int]] = []
                 for y in group:
                     try:
@@ -341,14 +341,33 @@ class Search:
         found.sort(key=lambda f: (f[0].missing, -f[1]))
         return found[:WIDTH]
 
-    def _nearest(self, values: list[int], n: int) -> list[list[int]]:
-        """Values of the reference in the order in which they are worth a try: ends of the same size, others of it, larger."""
-        values_of = self.reference.tape.values
-        equal = [y for y in values if math.prod(values_of[y].shape) == n]
-        ends = [y for y in equal if self.reference.is_end(y)]
-        larger = [y for y in values if math.prod(values_of[y].shape) > n]
-        smaller = [y for y in values if math.prod(values_of[y].shape) < n]
-        return [g for g in (ends, [y for y in equal if y not in ends], larger, smaller) if g]
+    def _nearest(self, values: list[int], shape: tuple[int, ...]) -> list[list[int]]:
+        """Values of the reference in the order in which they are worth a try: ends of the same size, others of it, larger.
+
+        Of values that are one value moved or scaled, one is enough: that in the target's shape, else the last.
+        """
+        ref, n = self.reference, math.prod(shape)
+        values_of = ref.tape.values
+        size = {y: math.prod(values_of[y].shape) for y in values}
+        root: dict[int, int] = {}
+        for y in sorted(values):
+            node = ref.tape.nodes[values_of[y].node] if values_of[y].node >= 0 else None
+            moved = node is not None and len(node.outs) == 1 and ref.kind(node) in ("layout", "sum")
+            data = [i for i in node.inputs if values_of[i].data] if node is not None and moved else []
+            alone = len(data) == 1 and not any(values_of[i].weights and not values_of[i].data for i in node.inputs) if node else False
+            plain = node is not None and not any(isinstance(a, Ref) for a in node.args[1:])
+            root[y] = root.get(data[0], y) if alone and plain and size.get(data[0]) == size[y] else y
+        chosen: dict[int, int] = {}
+        for y in sorted(values):
+            kept = chosen.get(root[y])
+            if kept is None or values_of[kept].shape != shape:
+                chosen[root[y]] = y
+        ends = {root[y] for y in values if ref.is_end(y)}
+        equal = [y for r, y in chosen.items() if size[y] == n]
+        first = [y for y in equal if root[y] in ends]
+        larger = [y for y in chosen.values() if size[y] > n]
+        smaller = [y for y in chosen.values() if size[y] < n]
+        return [g for g in (first, [y for y in equal if y not in first], larger, smaller) if g]
 
     def _meeting(
         self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]]

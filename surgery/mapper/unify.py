@@ -261,14 +261,19 @@ def live(t: Term) -> bool:
     assert t.site is not None and t.row is not None
     if t.site.conv:
         return informative(t.site.x)
-    rows = torch.unique(t.row)
-    rows = rows[rows > 0].long() - 1
-    return informative(t.site.x[rows])
+    return informative(t.site.x[present_rows(t)])
 
 
 def present_rows(t: Term) -> Tensor:
-    rows = torch.unique(_flat(t.row))
-    return rows[rows > 0] - 1
+    assert t.row is not None
+    if t.row.ndim and t.row.stride()[-1] == 0:  # broadcast along the columns
+        rows = t.row.select(-1, 0).reshape(-1).to(torch.int64)
+    else:
+        rows = _flat(t.row)
+    seen = torch.zeros(int(rows.max()) + 1 if rows.numel() else 1, dtype=torch.bool)
+    seen[rows] = True
+    seen[0] = False
+    return torch.nonzero(seen).flatten() - 1
 
 
 def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]) -> list[Match]:
@@ -376,7 +381,8 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
     else:
         a, b = t.site.linear(), r.site.linear()
         assert a is not None and b is not None
-        wt, wr = a[1][:, ct], b[1][:, cr]
+        wt = a[1] if _all(ct, a[1].shape[1]) else a[1][:, ct]
+        wr = b[1] if _all(cr, b[1].shape[1]) else b[1][:, cr]
         if rows.columns is not None:
             wr = wr[rows.columns]
     if wt.shape != wr.shape:
@@ -392,6 +398,10 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
     if bool(zero.any()):
         out.append(Assignment(it[zero], []))
     return out
+
+
+def _all(columns: Tensor, n: int) -> bool:
+    return len(columns) == n and bool((columns == torch.arange(n)).all())
 
 
 def _by_values(pairs: list[tuple[Term, Term]], target: list[Term], source: list[Term]) -> list[Match]:
@@ -472,7 +482,7 @@ def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: floa
     code = torch.zeros(int(here.sum()), dtype=torch.int64)
     for k, x in enumerate(iu + iv):
         code |= (x > 0).to(torch.int64) << k
-    for pattern in torch.unique(code).tolist():
+    for pattern in torch.nonzero(torch.bincount(code)).flatten().tolist():
         if pattern == 0:
             continue
         at = code == pattern
