@@ -78,6 +78,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
 @_asks
 def plan(out: Out, asked: Asked) -> int:
     job = _prepare(out, asked)
+    _wait(out, job)
     report = _operate(job, asked, force=False)
     _tell(out, job, asked, report, [])
     if _accepted(report, asked, force=False):
@@ -97,6 +98,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
     weights = written.destination(output, asked.file)
     written.check_free(weights, asked.plan)
     job = _prepare(out, asked)
+    _wait(out, job)
     report = _operate(job, asked, force=force)
     good = _accepted(report, asked, force=force)
     wrote = []
@@ -227,6 +229,12 @@ def _prepare(out: Out, asked: Asked) -> Job:
         runnable, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
     )
     return Job(source, made, probe, notes, given)
+
+
+def _wait(out: Out, job: Job) -> None:
+    """On a terminal, what takes its time: of a large model, minutes."""
+    if out.progress:
+        out.note("proving the plan ..." if job.plan is not None else "looking for the mapping, and proving it ...")
 
 
 def _given(path: str) -> surgery.Plan:

@@ -75,7 +75,7 @@ def check_free(weights: Path, plan: str | None) -> None:
         try:
             edited = surgery.Plan.load(beside).verdict == "stale"
         except surgery.PlanError:
-            edited = True
+            raise ZooError(f"{beside} is there, and no graft wrote it", kind="file", hint=hint) from None
         if edited:
             raise ZooError(
                 f"{beside} was edited by hand, and would be written over",
