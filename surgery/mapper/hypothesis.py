@@ -81,7 +81,8 @@ class Hypothesis(Affine):
     # -- values -------------------------------------------------------------------------------------------------------
     def terms(self, vid: int, root: bool = True) -> list[Term]:
         self.memo.clear()
-        return super().terms(vid, root)
+        found = super().terms(vid, root)
+        return [self._told(t) for t in found] if root else found
 
     def known(self, vid: int) -> Tensor | None:
         if vid in self.env:
@@ -132,20 +133,6 @@ class Hypothesis(Affine):
                 return False
         return any(self._hopeless(i) for i in node.inputs if self.tape.values[i].dtype.is_floating_point)
 
-    def row_terms(self, vid: int, rows: Tensor) -> list[Term]:
-        v = self.tape.values[vid]
-        b = self.bound.get(v.name)
-        if b is None:
-            return super().row_terms(vid, rows)
-        rows = torch.where(rows < 0, rows + v.shape[0], rows)
-        part = Bound(b.ids.reshape(v.shape[0], -1)[rows], [m.reshape(v.shape[0], -1)[rows] for m in b.more])
-        shape = (*rows.shape, *v.shape[1:])
-        open_ = (part.ids == 0).reshape(shape)
-        out = [Term("known", 1.0, value=torch.where(open_, 0.0, self._gather(part).reshape(shape)), vid=vid)]
-        if bool(open_.any()):
-            out.append(Term("weight", 1.0, ids=torch.where(open_, self.row_numbers(vid, rows).to(torch.float64), 0.0)))
-        return out
-
     def _partly(self, vid: int) -> Tensor | None:
         """A value that meets only the settled elements of a tensor that is settled in part (rows of a table)."""
         self.unknown[vid] = self.version  # the terms ask for what is known, and must not come back here
@@ -174,23 +161,27 @@ class Hypothesis(Affine):
             out = out + self.reference.values_of(extra.to(torch.int64))
         return out
 
-    def param_terms(self, vid: int) -> list[Term]:
-        v = self.tape.values[vid]
-        b = self.bound.get(v.name)
-        numbers = self.weight_numbers(vid)
-        if b is None:
-            return [Term("weight", 1.0, ids=numbers)]
-        open_ = (b.ids == 0).reshape(v.shape)
-        out = [Term("weight", 1.0, ids=torch.where(open_, numbers, 0.0))]
-        part = torch.where(open_, 0.0, self._gather(b).reshape(v.shape))
-        out.append(Term("known", 1.0, value=part, vid=vid))
-        return out
+    def _told(self, t: Term) -> Term:
+        """A term whose weights are all settled is known. One that meets settled and open ones stays: they are settled
+        together, and what is settled must agree."""
+        if t.kind not in ("weight", "scale") or t.ids is None or not self.bound:
+            return t
+        value, done = self._settled(t.ids)
+        if not bool(done.all()):
+            return t
+        if t.kind == "scale":
+            assert t.value is not None
+            value = value * t.value
+        return Term("known", t.coef, value=value, vid=t.vid)
 
     def _settled(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(values in float64, is it settled?) of weight elements; what is no weight counts as settled, and zero."""
         flat = numbers.reshape(-1).to(torch.int64)
         value, done = torch.zeros(len(flat), dtype=torch.float64), flat == 0
-        lo, hi = int(flat.min()), int(flat.max())
+        if not flat.numel():
+            return value.reshape(numbers.shape), done.reshape(numbers.shape)
+        hi = int(flat.max())
+        lo = int(torch.where(flat > 0, flat, hi).min())
         for first, size, name in self.names:
             b = self.bound.get(name)
             if b is None or first > hi or first + size <= lo:
@@ -326,6 +317,9 @@ class Hypothesis(Affine):
         if found:
             self.where[vid] = found[0]
             self.hits += 1
+        elif self.reference.slices.find(f):
+            self.hits += 1
+            return True
         else:
             self.misses += 1
         return bool(found)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Affine, Term
-from surgery.mapper.record import FingerprintIndex, Tape
+from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
 
 
 def _norm_except(v: Tensor, dim: int) -> Tensor:
@@ -61,6 +62,15 @@ class Reference(Affine):
                 self.scales.append(i)
         self._pure()
         self._source: dict[int, Tensor] = {}
+
+    @cached_property
+    def slices(self) -> FingerprintIndex:
+        """Parts of values along their second axis: one head of all."""
+        items = []
+        for vid, v in enumerate(self.tape.values):
+            if v.data and v.fingerprint and v.tensor is not None and v.tensor.ndim == 4 and 1 < v.shape[1] <= 64:
+                items += [(vid, fingerprint(part)) for part in v.tensor.unbind(1)]
+        return FingerprintIndex(items)
 
     def known(self, vid: int) -> Tensor | None:
         t = self.tape.values[vid].tensor

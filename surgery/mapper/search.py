@@ -96,9 +96,6 @@ class Search:
 
     def _step(self, h: Hypothesis) -> list[Hypothesis]:
         node = h.tape.nodes[h.at]
-        floats = [
-            v for v in node.inputs if h.tape.values[v].dtype.is_floating_point or h.tape.values[v].dtype.is_complex
-        ]
         if not any(h.tape.values[o].data for o in node.outs if o >= 0) and node.op != "sync" and node.op not in SYNC:
             out = self._weights_meet(h, node)
             for g in out:
@@ -109,7 +106,7 @@ class Search:
             h.at += 1
             return [h]
         kind = h.kind(node)
-        unknown = [v for v in floats if h.known(v) is None]
+        unknown = [v for v in node.inputs if h.known(v) is None]
         hs = [h]
         if unknown:
             if kind == "product":
@@ -231,6 +228,8 @@ class Search:
         if h.known(vid) is not None or vid in h.tainted:
             return [h]
         found = self._candidates(h, vid)
+        if not found and self._constants(h, vid):
+            return [h]
         if not found:
             h.tainted.add(vid)
             h.stuck = h.stuck or h.tape.values[vid].name or self._module(h, vid)
@@ -264,6 +263,27 @@ class Search:
                 self.reserve += [(1, g) for g in out if g is not supported[0]]
                 out = supported[:1]
         return out
+
+    def _constants(self, h: Hypothesis, vid: int) -> bool:
+        """Buffers that only a comparison, a cast or an index reads (masks) are constants of the target."""
+        names, queue, seen = set(), [vid], set()
+        while queue:
+            v = queue.pop()
+            value = h.tape.values[v]
+            if v in seen or v in h.env:
+                continue
+            seen.add(v)
+            if value.origin == "param":
+                names.add(value.name)
+            elif value.origin == "node":
+                queue += h.tape.nodes[value.node].inputs
+        names -= {n for n in names if n in h.constant or (n in h.bound and h.bound[n].full)}
+        if not names or not names <= h.maybe:
+            return False
+        for n in names:
+            h.constant[n] = h.own[n].to(torch.float64)
+        h.version += 1
+        return h.known(vid) is not None
 
     def _module(self, h: Hypothesis, vid: int) -> str:
         node = h.tape.values[vid].node

@@ -37,6 +37,7 @@ class Question:
 
     target: Unit
     candidates: list[Unit]
+    instead: list[list[Pair]] = field(default_factory=list)  # for each candidate after the first: the pairs that change
 
 
 @dataclass
@@ -88,7 +89,9 @@ def _relayouts(unit: Unit, mine: Slot, theirs: Slot) -> Iterable[Relayout]:
     elif a == b:
         yield "same"
         if len(a) > 2 and not unit.kind and not unit.raw:
-            yield from (d for d in itertools.permutations(range(len(b))) if _permuted(b, d) == a and d != (0, 1, 2, 3)[: len(b)])
+            yield from (
+                d for d in itertools.permutations(range(len(b))) if _permuted(b, d) == a and d != (0, 1, 2, 3)[: len(b)]
+            )
     elif _long(a) == _long(b) and mine.gain is None and theirs.gain is None:
         yield "reshape"
     elif sorted(a) == sorted(b) and len(a) > 2 and not unit.kind:
@@ -144,7 +147,9 @@ def roles_in_place(units: Sequence[Unit]) -> dict[int, Roles]:
         mine = out[id(u)]
         if not u.is_matrix or "projection" in mine or mine.get("sublayer") == "feedforward" or "table" in mine:
             continue
-        near = any({"query", "key", "value"} <= scopes.get(u.path[:n], set()) for n in (len(u.path) - 1, len(u.path) - 2))
+        near = any(
+            {"query", "key", "value"} <= scopes.get(u.path[:n], set()) for n in (len(u.path) - 1, len(u.path) - 2)
+        )
         if says_out(u.words) and (near or mine.get("sublayer") in ("self", "cross")):
             mine["projection"] = "output"
             mine.pop("feedforward", None)
@@ -156,7 +161,10 @@ def roles_in_place(units: Sequence[Unit]) -> dict[int, Roles]:
 
 def _norm_keys(units: Sequence[Unit]) -> dict[int, tuple[frozenset[str], tuple[int, ...]]] | None:
     """How each norm of a block is called, apart from words of form; None where two are called alike."""
-    keys = {id(u): (u.rest | {f"{k}={v}" for k, v in u.roles.items() if k in ("order", "sublayer")}, u.numbers) for u in units}
+    keys = {
+        id(u): (u.rest | {f"{k}={v}" for k, v in u.roles.items() if k in ("order", "sublayer")}, u.numbers)
+        for u in units
+    }
     return keys if len(set(keys.values())) == len(keys) else None
 
 
@@ -229,13 +237,14 @@ def assign(target: Sequence[Unit], source: Sequence[Unit], pairs: Sequence[Pair]
             used.add(id(ss[j]))
             others = _others(table, i, best, total)
             if others:
-                answer.questions.append(Question(ts[i], [ss[j], *(ss[o] for o in others)]))
+                instead = [[by[id(ts[r]), id(ss[c])] for r, c in enumerate(o) if c != best[r]] for o in others]
+                answer.questions.append(Question(ts[i], [ss[j], *(ss[o[i]] for o in others)], instead))
     answer.unused = [s for s in source if id(s) not in used]
     return answer
 
 
-def _others(table: list[list[float | None]], i: int, best: list[int], total: float) -> list[int]:
-    """The other choices for row i that are part of an assignment within the margin."""
+def _others(table: list[list[float | None]], i: int, best: list[int], total: float) -> list[list[int]]:
+    """Assignments within the margin that give row i another column: the best one for each such column."""
     found = []
     for j, score in enumerate(table[i]):
         if score is None or j == best[i]:
@@ -246,7 +255,7 @@ def _others(table: list[list[float | None]], i: int, best: list[int], total: flo
             continue
         worth = score + sum(rest[r][c] or 0.0 for r, c in enumerate(other))
         if worth > total - MARGIN + 1e-9:
-            found.append(j)
+            found.append([*other[:i], j, *other[i:]])
     return found
 
 
@@ -345,5 +354,5 @@ def stacks(target: Side, source: Side) -> Stacks:
         out.chosen[names[i]] = (columns[j], fits[names[i]][columns[j]])
         others = _others(table, i, best, total)
         if others:
-            out.open.append((names[i], [columns[j], *(columns[o] for o in others)]))
+            out.open.append((names[i], [columns[j], *(columns[o[i]] for o in others)]))
     return out
