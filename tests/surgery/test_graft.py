@@ -262,7 +262,7 @@ def test_an_ambiguous_plan_shows_its_candidates(bert: nn.Module, monkeypatch: py
     monkeypatch.setattr(mapper, "find", lambda *_, **__: split)
     before = Snapshot(target)
     with pytest.raises(surgery.GraftError, match="ambiguous, and consistent is required: two mappings fit") as caught:
-        surgery.graft(bert.state_dict(), target)
+        surgery.graft(bert.state_dict(), target, probe=pairs.probe(bert))
     before.check(target)
     assert caught.value.report is not None
     assert len(caught.value.report.candidates) == 2
