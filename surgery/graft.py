@@ -136,14 +136,18 @@ def infos(module: nn.Module) -> dict[str, TensorInfo]:
 # -- the steps --------------------------------------------------------------------------------------------------------
 def _find(source: Checkpoint, module: nn.Module, probe: Probe | None, kept: frozenset[str]) -> Plan:
     from surgery import mapper
+    from surgery.apply import filled
+    from surgery.mapper import static
 
-    found = _with_kept(mapper.find(source, module, probe), module, kept)
+    if probe is None:
+        mapped = static.find(source, module, kept=kept | filled(module))
+    else:
+        mapped = mapper.find(source, module, probe)
+    found = _with_kept(mapped, module, kept)
     if not found.source.structure:
         found = replace(found, source=Stamp.of(source, source.source), verdict_for=None)
     if not found.target.structure:
         found = replace(found, target=Stamp.of(infos(module), type(module).__name__), verdict_for=None)
-    if probe is None and found.verdict is None:
-        found = found.with_verdict("consistent")
     return found
 
 

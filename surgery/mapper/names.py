@@ -91,7 +91,7 @@ def likeness(a: str, b: str) -> float:
     return score / total + numbers
 
 
-# -- roles: what a name claims, where it claims anything ------------------------------------------------------------------
+# -- roles: what a name claims, where it claims anything ---------------------------------------------------------------
 # Each line: a question, an answer, and the words that give this answer. Two names that answer one question differently
 # speak of different tensors; a name that is silent contradicts nothing. Words that mean one thing in one library and
 # another in the next ("post_attention", "output", "w1") answer nothing, and so stand under "none".
@@ -103,7 +103,8 @@ projection fused: qkv kqv kv wqkv to_qkv qkv_proj query_key_value c_attn in_proj
 projection query, sublayer cross: xq
 projection key, sublayer cross: xk
 projection value, sublayer cross: xv
-sublayer self: attn attention att self_attn self_attention sa mha selfattention multi_head_attention pre_attn pre_attention
+sublayer self: attn attention att self_attn self_attention sa mha selfattention multi_head_attention
+sublayer self: pre_attn pre_attention
 sublayer cross: cross cross_attn crossattention cross_attention encoder_attn enc_dec_attention enc_dec_attn xattn
 sublayer cross: encoder_decoder_attention encdecattention inter_attention
 sublayer feedforward: ff ffn mlp feed_forward feedforward dense_relu_dense pre_mlp pre_ffn pre_ff pre_feedforward
@@ -117,14 +118,15 @@ table token: word_embeddings word_embedding token_embedding token_embeddings emb
 table token: words piece_embeddings piece vocab_embedding embed_in token_emb tok_emb word_embed token_embed
 table position: position positions pos pos_embed pos_embedding position_embedding position_embeddings positional wpe
 table position: positional_embedding posemb pos_emb embed_positions w_pos pe
-table segment: token_type token_type_embeddings segment seg type_embeddings wse tok_type type_embedding segment_embeddings
+table segment: token_type token_type_embeddings segment seg type_embeddings wse tok_type type_embedding
+table segment: segment_embeddings
 table class: cls_token class_token class_embedding cls_embedding cls_embed class_embed
 table distillation: dist_token distillation_token
 table register: reg_token register_tokens reg_tokens register_token
 table mask: mask_token masked_spec_embed mask_embedding mask_emb
 table patch: patch patches patch_embed patch_embedding patch_embeddings patchify
-table relative: rel_pos relative_position relative_attention_bias rel_attn_embed relative_position_bias_table gru_rel_pos
-table relative: relative_position_bias rel_pos_bias
+table relative: rel_pos relative_position relative_attention_bias rel_attn_embed gru_rel_pos
+table relative: relative_position_bias_table relative_position_bias rel_pos_bias
 table poskernel: pos_conv_embed conv_pos pos_conv
 tower vision: vision visual image img vision_model
 tower text: text txt language textual text_model
@@ -147,13 +149,19 @@ depth depthwise: dw dwconv depthwise conv_dw depthwise_conv
 depth pointwise: pw pwconv conv_pw pointwise
 none: post_attn post_attention after_attn after_attention attn_pool attention_pool cls output_attention
 """
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Words of form rather than of meaning: that two names share one of these says nothing.
-GENERIC = frozenset(
+GENERIC = _set(
     """weight bias model module layer block transformer net network body base backbone trunk dense linear lin proj
     projection fc conv convolution norm ln layernorm batchnorm bn layer_norm normalization output out input in emb embed
-    embedding table param feature_map h resblock stage main self kernel gamma beta original""".split()
+    embedding table param feature_map h resblock stage main self kernel gamma beta original"""
 )
-OUT = frozenset("out output o wo out_proj o_proj to_out out_lin proj c_proj dense final_projection xo w_o".split())
+OUT = _set("out output o wo out_proj o_proj to_out out_lin proj c_proj dense final_projection xo w_o")
 # Ordinals that people write as words.
 ORDINALS = {"before": 1, "after": 2}
 

@@ -1,12 +1,13 @@
 """A plan with nothing run: what names, shapes, documented module types and structure settle, and nothing more.
 
-It ends "consistent" where exactly one mapping fits, and "ambiguous" where anything is left open: two tensors whose names
-do not tell them apart, a square matrix that may want a transpose, a fused tensor whose order nobody documents, a source
-tensor that nothing uses though a forward pass would. The diagnosis then lists what is open.
+It ends "consistent" where exactly one mapping fits, and "ambiguous" where anything is left open: two tensors whose
+names do not tell them apart, a square matrix that may want a transpose, a fused tensor whose order nobody documents, a
+source tensor that nothing uses though a forward pass would. The diagnosis then lists what is open.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ def suggest(
     name: str, shape: Shape, rows: Mapping[str, Expr], source: Mapping[str, TensorInfo]
 ) -> tuple[Expr, str] | None:
     """A source tensor for one that a run did not reach, from where its neighbours came: (expression, why). Only where
-    the names of the nearest neighbours, as they are in both, spell out one tensor that no row uses and that has this shape."""
+    the nearest neighbours have the same names in both, and so spell out one tensor that no row uses, of this shape."""
     used = {e.name for e in rows.values() if isinstance(e, Name)}
     path = name.split(".")
     for depth in range(len(path) - 1, -1, -1):
@@ -120,7 +121,7 @@ class _Finder:
         chosen = {s: o for s, (o, _) in found.chosen.items()}
         single = self._singles(mine, them, chosen)
         pairs += self._settle(single)
-        new = self._unfilled(single.unfilled)
+        new = self._unfilled(single, pairs)
         dropped_stacks = [s for s in them.stacks if s not in chosen.values()]
         self._unused(single, them, list(chosen.values()), dropped_stacks, pairs)
         if not pairs:
@@ -191,17 +192,18 @@ class _Finder:
         )
 
     # -- what is left -------------------------------------------------------------------------------------------------
-    def _unfilled(self, units: Iterable[Unit]) -> dict[str, tuple[Status, str]]:
+    def _unfilled(self, single: Answer, pairs: Iterable[Pair]) -> dict[str, tuple[Status, str]]:
         """Units of the target that nothing fills: a head may be new, a buffer is the target's own; else it is open."""
         out: dict[str, tuple[Status, str]] = {}
-        for u in units:
+        filled = [p.target for p in pairs]
+        for u in single.unfilled:
             names = [s.name for _, _, s in u.tensors()]
             if all(n in self.kept for n in names):
-                out |= {n: (Status.NEW, "to be kept") for n in names}
+                out |= dict.fromkeys(names, (Status.NEW, "to be kept"))
             elif all(n in self.buffers for n in names):
-                out |= {n: (Status.CONSTANT, "the target's own constant") for n in names}
-            elif any((q, a) in _ASIDE for q, a in u.roles.items()):
-                out |= {n: (Status.NEW, "the source has nothing like it") for n in names}
+                out |= dict.fromkeys(names, (Status.CONSTANT, "the target's own constant"))
+            elif _aside(u) and not _half(u, filled) and not any(_could_be(u, s) for s in single.unused):
+                out |= dict.fromkeys(names, (Status.NEW, "the source has nothing like it"))
             else:
                 self.open.append(f"{u}: nothing in the source fits by shape and name")
         return out
@@ -216,10 +218,23 @@ class _Finder:
             if u.shape() in tied and u.is_matrix:
                 self.open.append(f"{u}: the target ties a tensor of this shape, and the source holds another value")
                 continue
-            if any((q, a) in _ASIDE for q, a in u.roles.items()) or _is_projection(u):
+            if (_aside(u) and not _half(u, filled)) or _is_projection(u):
+                continue
+            if any(self._computed(slot) for _, _, slot in u.tensors()):
                 continue
             if not self._elsewhere(u, them, used, dropped):
                 self.open.append(f"{u} of the source: nothing uses it")
+
+    def _computed(self, slot: Slot) -> bool:
+        """Whether the target holds these values by itself, in a buffer that no state dict has: a table of sines."""
+        import torch
+
+        for name, t in self.module.named_buffers():
+            if name in self.own or tuple(t.shape) != slot.shape or t.is_meta or t.numel() < 2 or len(t.shape) < 2:
+                continue
+            if torch.allclose(t.detach().to("cpu", torch.float64), self.source.read(slot.name).to(torch.float64)):
+                return True
+        return False
 
     def _elsewhere(self, u: Unit, them: Side, used: list[Path], dropped: list[Path]) -> bool:
         """Whether a unit belongs with blocks that are not used either."""
@@ -237,7 +252,7 @@ class _Finder:
         return any(s in dropped for s in near)
 
     def _check_nesting(self, chosen: Mapping[Path, Path], order: Mapping[Path, dict[Index, Index]]) -> None:
-        """Stacks within stacks must number their blocks alike: what is in one block of the target comes from one block."""
+        """Stacks within stacks must number their blocks alike: one block of the target comes from one block."""
         for inner, outer in ((a, b) for a in chosen for b in chosen if a != b and a[: len(b)] == b):
             depth = sum("{" in c for c in outer)
             theirs = sum("{" in c for c in chosen[outer])
@@ -251,7 +266,7 @@ class _Finder:
 
     # -- transposes ---------------------------------------------------------------------------------------------------
     def _turns(self, pairs: Iterable[Pair]) -> None:
-        """Settle what shapes leave open: a square matrix lies as the other matrices of its block do, where these agree."""
+        """Settle what shapes leave open: a square matrix lies as the others of its block do, where these agree."""
         known: dict[tuple[Path, str], set[Relayout]] = defaultdict(set)
         everywhere: dict[str, set[Relayout]] = defaultdict(set)
         pairs = list(pairs)
@@ -264,9 +279,8 @@ class _Finder:
             if len(p.ways) == 1:
                 continue
             t, s = p.target, p.source
-            if t.oriented and s.oriented:
-                p.ways = ("same",)
-            elif t.roles.get("table") and t.roles.get("table") == s.roles.get("table"):
+            one_table = "table" in t.roles and t.roles["table"] == s.roles.get("table")
+            if (t.oriented and s.oriented) or one_table:
                 p.ways = ("same",)
             elif t.raw or s.raw:
                 self._turn_open(p)
@@ -443,6 +457,25 @@ def _ties(own: Mapping[str, Tensor]) -> dict[str, str]:
             first = next((n for n in names if "table" in dict(claims(tuple(n.split("."))[:-1] or (n,))[0])), names[0])
             out |= {n: first for n in names if n != first}
     return out
+
+
+def _aside(unit: Unit) -> bool:
+    return any((q, a) in _ASIDE for q, a in unit.roles.items()) and "projection" not in unit.roles
+
+
+def _half(unit: Unit, others: Iterable[Unit]) -> bool:
+    """Whether another unit of the same head is filled: then this one is needed too."""
+    part = unit.roles.get("part")
+    return part == "head" and any(
+        o.roles.get("part") == part and o.roles.get("tower") == unit.roles.get("tower") for o in others
+    )
+
+
+def _could_be(unit: Unit, other: Unit) -> bool:
+    """Whether one could be the other laid out anew: as many elements, and no word against it."""
+    if any(unit.roles[q] != other.roles[q] for q in unit.roles.keys() & other.roles.keys()):
+        return False
+    return math.prod(unit.shape()) == math.prod(other.shape()) and "W" in unit.first
 
 
 def _turnable(unit: Unit) -> bool:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from surgery.mapper.names import Roles, says_out
+from surgery.mapper.names import Roles, claims, says_out
 from surgery.mapper.static_units import Index, Path, Shape, Side, Slot, Unit
 
 MARGIN = 1.0  # one shared meaning more than any other assignment has
@@ -123,6 +123,7 @@ def agree(target: Unit, source: Unit, mine: Roles, theirs: Roles, *, alike: bool
         score += _SAME_NAME
     if not (target.is_norm and target.stack):  # within blocks, norms are told by what they norm and by nothing else
         score += _SAME_WORD * len(target.rest & source.rest)
+        score += _SAME_WORD * len(target.numbered & source.numbered)
         if not target.stack and target.path[-1] == source.path[-1]:
             score += _SAME_WORD / 2
     return score
@@ -161,10 +162,10 @@ def roles_in_place(units: Sequence[Unit]) -> dict[int, Roles]:
 
 def _norm_keys(units: Sequence[Unit]) -> dict[int, tuple[frozenset[str], tuple[int, ...]]] | None:
     """How each norm of a block is called, apart from words of form; None where two are called alike."""
-    keys = {
-        id(u): (u.rest | {f"{k}={v}" for k, v in u.roles.items() if k in ("order", "sublayer")}, u.numbers)
-        for u in units
-    }
+    keys = {}
+    for u in units:
+        answers, rest, numbers = claims(u.words)
+        keys[id(u)] = (rest | {f"{q}={a}" for q, a in answers if q in ("order", "sublayer")}, numbers)
     return keys if len(set(keys.values())) == len(keys) else None
 
 

@@ -53,6 +53,9 @@ class Unit:
     oriented: bool = False  # known to be [out, in]
     raw: bool = False  # a bare parameter
     known: Roles = field(default_factory=dict)  # what a documented type says of it
+    # The numbers in its path that are no block's: the word before, the number, and all numbers beside it. Where the
+    # same word counts the same numbers on both sides, the number is part of the name.
+    numbered: frozenset[tuple[str, int, frozenset[int]]] = frozenset()
 
     @cached_property
     def stack(self) -> Path:
@@ -152,7 +155,23 @@ def read(shapes: Mapping[str, Shape], module: nn.Module | None = None) -> Side:
         by_path[key].members[index] = unit.first
         if by_path[key].stack:
             stacks[by_path[key].stack].add(index)
+    _number(out)
     return Side(out, {path: sorted(indices) for path, indices in stacks.items()})
+
+
+def _number(units: list[Unit]) -> None:
+    beside: dict[tuple[Path, str], set[int]] = defaultdict(set)
+    found: dict[int, list[tuple[tuple[Path, str], int]]] = defaultdict(list)
+    for unit in units:
+        for i, component in enumerate(unit.path):
+            m = re.fullmatch(r"([^{}]*?)_?(\d+)", component)
+            if m is not None:
+                word = m[1] or (unit.path[i - 1] if i else "")
+                key = (unit.path[:i], word.lower().rstrip("s"))
+                beside[key].add(int(m[2]))
+                found[id(unit)].append((key, int(m[2])))
+    for unit in units:
+        unit.numbered = frozenset((key[1], n, frozenset(beside[key])) for key, n in found[id(unit)])
 
 
 def _place(name: str, shapes: Mapping[str, Shape], modules: Mapping[str, nn.Module] | None) -> tuple[str, str, Slot]:
@@ -177,9 +196,8 @@ def _place(name: str, shapes: Mapping[str, Shape], modules: Mapping[str, nn.Modu
     if leaf in _LEAVES and stem:
         return stem, _LEAVES[leaf], Slot(name, shape)
     pair = (f"{stem}.gamma", f"{stem}.beta")
-    if leaf in ("gamma", "beta") and stem and all(p in shapes for p in pair) and len(shape) == 1:
-        if shapes[pair[0]] == shapes[pair[1]]:
-            return stem, "W" if leaf == "gamma" else "B", Slot(name, shape)
+    if leaf in ("gamma", "beta") and stem and len(shape) == 1 and shapes.get(pair[0]) == shapes.get(pair[1]):
+        return stem, "W" if leaf == "gamma" else "B", Slot(name, shape)
     return name, "W", Slot(name, shape)
 
 
@@ -203,7 +221,7 @@ def _is_weight_norm(stem: str, shapes: Mapping[str, Shape], modules: Mapping[str
 
 
 def _split(shapes: Mapping[str, Shape], modules: Mapping[str, nn.Module] | None) -> dict[str, Shape]:
-    """The same tensors with every documented [query | key | value] in_proj taken apart, as "stem::q::in_proj_weight"."""
+    """The same tensors, every documented [query | key | value] in_proj taken apart: "stem::q::in_proj_weight"."""
     from torch import nn
 
     out: dict[str, Shape] = {}
@@ -266,7 +284,7 @@ def _templates(paths: Mapping[str, Path], ndim: Mapping[str, int]) -> dict[str, 
     siblings, most of whose names agree. Numbers of anything else are part of the name."""
     done: dict[str, tuple[Path, Index]] = {}
     todo: list[tuple[list[str], int, Path]] = [(list(paths), 0, ())]
-    at: dict[str, Index] = {stem: () for stem in paths}
+    at: dict[str, Index] = dict.fromkeys(paths, ())
     while todo:
         stems, depth, prefix = todo.pop()
         groups: dict[str, list[str]] = defaultdict(list)
