@@ -238,6 +238,20 @@ class Affine:
             self.next += size
         return self.virtual[key]
 
+    def holders(self, flat: Tensor) -> list[tuple[int, int, str, Tensor | slice]]:
+        """Which tensors hold these elements: (first number, size, name, where in `flat`). Virtual ones are not listed."""
+        if not flat.numel():
+            return []
+        edges = torch.tensor([first for first, _, _ in self.names] + [self.real_end])
+        who = torch.bucketize(flat, edges, right=True)
+        counts = torch.bincount(who, minlength=len(edges) + 1)
+        out: list[tuple[int, int, str, Tensor | slice]] = []
+        for k in torch.nonzero(counts).flatten().tolist():
+            if 0 < k <= len(self.names):
+                first, size, name = self.names[k - 1]
+                out.append((first, size, name, slice(None) if int(counts[k]) == len(flat) else who == k))
+        return out
+
     def owner(self, number: int) -> tuple[int, str]:
         """(offset, name) of the tensor that holds an element; name is "" for a virtual one."""
         for first, size, name in self.names:

@@ -178,19 +178,14 @@ class Hypothesis(Affine):
         """(values in float64, is it settled?) of weight elements; what is no weight counts as settled, and zero."""
         flat = numbers.reshape(-1).to(torch.int64)
         value, done = torch.zeros(len(flat), dtype=torch.float64), flat == 0
-        if not flat.numel():
-            return value.reshape(numbers.shape), done.reshape(numbers.shape)
-        hi = int(flat.max())
-        lo = int(torch.where(flat > 0, flat, hi).min())
-        for first, size, name in self.names:
+        for first, _, name, where in self.holders(flat):
             b = self.bound.get(name)
-            if b is None or first > hi or first + size <= lo:
+            if b is None:
                 continue
-            here = (flat >= first) & (flat < first + size)
-            at = flat[here] - first
+            at = flat[where] - first
             part = Bound(b.ids[at], [m[at] for m in b.more])
-            value[here] = self._gather(part)
-            done[here] = part.ids != 0
+            value[where] = self._gather(part)
+            done[where] = part.ids != 0
         return value.reshape(numbers.shape), done.reshape(numbers.shape)
 
     def _product(self, node: Node, index: int, shape: tuple[int, ...]) -> list[Term]:

@@ -109,10 +109,9 @@ sublayer cross: cross cross_attn crossattention cross_attention encoder_attn enc
 sublayer cross: encoder_decoder_attention encdecattention inter_attention
 sublayer feedforward: ff ffn mlp feed_forward feedforward dense_relu_dense pre_mlp pre_ffn pre_ff pre_feedforward
 sublayer feedforward: post_mlp post_ffn post_ff post_feedforward
-feedforward up, sublayer feedforward: intermediate intermediate_dense ffn_in ff_in linear1 lin1
-feedforward up: up up_proj c_fc wi fc1 w_in fc_in
-feedforward down, sublayer feedforward: ffn_out ff_out linear2 lin2
-feedforward down: down down_proj fc2 w_out fc_out
+sublayer feedforward: intermediate intermediate_dense ffn_in ff_in linear1 lin1 ffn_out ff_out linear2 lin2
+feedforward up: up up_proj
+feedforward down: down down_proj
 feedforward gate: gate gate_proj
 table token: word_embeddings word_embedding token_embedding token_embeddings embed_tokens tok_embeddings wte tok tokens
 table token: words piece_embeddings piece vocab_embedding embed_in token_emb tok_emb word_embed token_embed

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, Term
+from surgery.mapper.affine import Affine, Term, Virtual
 from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
 
 
@@ -61,7 +61,6 @@ class Reference(Affine):
             elif kind == "scale":
                 self.scales.append(i)
         self._pure()
-        self._source: dict[int, Tensor] = {}
 
     @cached_property
     def slices(self) -> FingerprintIndex:
@@ -73,7 +72,11 @@ class Reference(Affine):
         return FingerprintIndex(items)
 
     def known(self, vid: int) -> Tensor | None:
-        t = self.tape.values[vid].tensor
+        v = self.tape.values[vid]
+        t = v.tensor
+        if t is None and v.origin == "node" and self.weight_only(vid):  # weights in another layout: not held
+            t = self.run(self.tape.nodes[v.node], {})
+            t = t[v.out] if isinstance(t, (tuple, list)) else t
         return None if t is None else t.to(torch.float64) if t.is_floating_point() else t
 
     def _pure(self) -> None:
@@ -108,24 +111,33 @@ class Reference(Affine):
 
     def values_of(self, numbers: Tensor) -> Tensor:
         """The values of weight elements, in float64; 0 where the number is 0."""
-        out = torch.zeros(numbers.shape, dtype=torch.float64)
-        flat, dest = numbers.reshape(-1), out.reshape(-1)
-        lo, hi = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
-        n = flat.numel()
-        spans = [(first, size, self.tape.params[name]) for first, size, name in self.names]
-        spans += [(u.offset, u.size, -1 - k) for k, u in enumerate(self.virtual.values())]
-        spans += [(d.offset, d.size, -(1 << 20) - k) for k, d in enumerate(self.derived)]
-        for first, size, vid in spans:
-            if first > hi or first + size <= lo:
-                continue
-            src = self._flat(vid)
-            if lo >= first and hi < first + size:
-                if n == size and lo == first and bool((flat[1:] - flat[:-1] == 1).all()):
-                    return src.reshape(numbers.shape).clone()
-                return src[flat - first].reshape(numbers.shape)
-            here = (flat >= first) & (flat < first + size)
-            dest[here] = src[flat[here] - first]
-        return out
+        flat = numbers.reshape(-1)
+        out = torch.zeros(len(flat), dtype=torch.float64)
+        for first, size, name, where in self.holders(flat):
+            src = self._stored(self.tape.params[name])
+            if isinstance(where, slice):
+                if len(flat) == size and int(flat[0]) == first and bool((flat[1:] - flat[:-1] == 1).all()):
+                    return src.to(torch.float64, copy=True).reshape(numbers.shape)
+                return src[flat - first].to(torch.float64).reshape(numbers.shape)
+            out[where] = src[flat[where] - first].to(torch.float64)
+        if flat.numel() and int(flat.max()) >= self.real_end:
+            computed = [(u.offset, u.size, self._computed_flat(u)) for u in self.virtual.values()]
+            computed += [(d.offset, d.size, d.value.reshape(-1)) for d in self.derived]
+            for first, size, src in computed:
+                here = (flat >= first) & (flat < first + size)
+                if bool(here.any()):
+                    out[here] = src[flat[here] - first]
+        return out.reshape(numbers.shape)
+
+    def _stored(self, vid: int) -> Tensor:
+        t = self.tape.values[vid].tensor
+        assert t is not None
+        return t.reshape(-1)
+
+    def _computed_flat(self, u: Virtual) -> Tensor:
+        t = self.known(u.vid)
+        assert t is not None
+        return (t.reciprocal() if u.how else t).reshape(-1)
 
     def computed(self, terms: list[Term]) -> list[Term]:
         """The same sum with weights that were computed from weights as the known values that they are."""
@@ -145,18 +157,3 @@ class Reference(Affine):
         self.derived.append(d)
         self.next += d.size
         return torch.arange(d.offset, d.offset + d.size).reshape(value.shape)
-
-    def _flat(self, vid: int) -> Tensor:
-        if vid <= -(1 << 20):
-            return self.derived[-vid - (1 << 20)].value.reshape(-1)
-        if vid < 0:
-            u = list(self.virtual.values())[-1 - vid]
-            t = self.known(u.vid)
-            assert t is not None
-            return (t.reciprocal() if u.how else t).reshape(-1)
-        found = self._source.get(vid)
-        if found is None:
-            t = self.tape.values[vid].tensor
-            assert t is not None
-            found = t.reshape(-1).to(torch.float64)
-        return found

@@ -123,8 +123,9 @@ def agree(target: Unit, source: Unit, mine: Roles, theirs: Roles, *, alike: bool
         score += _SAME_NAME
     if not (target.is_norm and target.stack):  # within blocks, norms are told by what they norm and by nothing else
         score += _SAME_WORD * len(target.rest & source.rest)
-        score += _SAME_WORD * len(target.numbered & source.numbered)
-        if not target.stack and target.path[-1] == source.path[-1]:
+        if not (target.is_norm and target.numbers):
+            score += _SAME_WORD * len(target.numbered & source.numbered)
+        if not target.stack and target.path[-1] == source.path[-1] and not (target.is_norm and target.numbers):
             score += _SAME_WORD / 2
     return score
 

@@ -27,6 +27,7 @@ Path = tuple[str, ...]
 _LEAVES = {"weight": "W", "bias": "B", "running_mean": "M", "running_var": "V", "num_batches_tracked": "N"}
 _ORIGINAL = "parametrizations.weight.original"
 _ALIKE = 0.6  # blocks of one stack share at least this part of the smaller one's names: one may hold something more
+_A_BLOCK = 5  # a single numbered child of at least so many units is a stack of one block
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,8 @@ _DECODER_LAYER = {"norm1": _SELF, "norm2": _CROSS, "norm3": _FORWARD, "self_attn
 # -- repeated blocks --------------------------------------------------------------------------------------------------
 def _templates(paths: Mapping[str, Path], ndim: Mapping[str, int]) -> dict[str, tuple[Path, Index]]:
     """Each path with the numbers of repeated blocks taken out: blocks are subtrees of at least two units under numbered
-    siblings, most of whose names agree. Numbers of anything else are part of the name."""
+    siblings, most of whose names agree; or one larger subtree alone, where a model has one layer. All other numbers
+    are part of the name."""
     done: dict[str, tuple[Path, Index]] = {}
     todo: list[tuple[list[str], int, Path]] = [(list(paths), 0, ())]
     at: dict[str, Index] = dict.fromkeys(paths, ())
@@ -299,9 +301,11 @@ def _templates(paths: Mapping[str, Path], ndim: Mapping[str, int]) -> dict[str, 
                 groups[component].append(stem)
         for word, children in numbered.items():
             for k, cluster in enumerate(_clusters(children, paths, ndim, depth)):
-                component = f"{word}{{{k}}}" if len(cluster) > 1 else f"{word}{cluster[0]}"
+                alone = len(children) == 1 and cluster[0] in (0, 1) and len(children[cluster[0]]) >= _A_BLOCK
+                repeated = len(cluster) > 1 or alone
+                component = f"{word}{{{k}}}" if repeated else f"{word}{cluster[0]}"
                 for number in cluster:
-                    if len(cluster) > 1:
+                    if repeated:
                         for stem in children[number]:
                             at[stem] = (*at[stem], number)
                     groups[component].extend(children[number])
