@@ -110,6 +110,17 @@ class Hypothesis(Affine):
         self.unknown[vid] = self.version
         return None
 
+    def ready(self, vid: int) -> bool:
+        """Is it known, or made of settled weights only? Asked at every step, so it computes nothing."""
+        if vid in self.env:
+            return True
+        v = self.tape.values[vid]
+        if v.origin == "param":
+            return v.name in self.constant or (v.name in self.bound and self.bound[v.name].full)
+        if v.origin != "node" or v.data:
+            return False
+        return all(self.ready(i) for i in self.tape.nodes[v.node].inputs)
+
     def _hopeless(self, vid: int) -> bool:
         """Does it meet a weight of which nothing is settled? (A product with rows of zeros meets none.)"""
         if vid in self.env:

@@ -106,24 +106,22 @@ class Search:
             h.at += 1
             return [h]
         kind = h.kind(node)
-        unknown = [v for v in node.inputs if h.known(v) is None]
+        waiting = [v for v in node.inputs if not h.ready(v)]
         hs = [h]
-        if unknown:
-            if kind == "product":
-                need = [v for v in unknown if not h.weight_only(v)]
-            elif kind in ("layout", "sum"):
-                need = []
-            elif kind == "scale":
-                need = [v for v in unknown if not h.weight_only(v)]
-            else:
-                need = unknown
+        if waiting:
+            if kind in ("layout", "sum"):  # left as a sum until something needs its value
+                h.at += 1
+                return [h]
+            need = waiting
+            if kind in ("product", "scale"):
+                need = [v for v in waiting if not h.weight_only(v)]
             for v in need:
                 hs = [g for k in hs for g in self._settle(k, v)]
         out = []
         for g in hs:
             if any(v in g.tainted for v in node.inputs):
                 g.taint(node)
-            elif all(g.known(v) is not None for v in node.inputs):
+            elif all(g.ready(v) and g.known(v) is not None for v in node.inputs):
                 if node.op == "sync" or node.op in SYNC:
                     g = self._check(g, node)
                 if node.op != "sync":
@@ -374,7 +372,11 @@ class Search:
             node = ref.tape.nodes[values_of[y].node] if values_of[y].node >= 0 else None
             moved = node is not None and len(node.outs) == 1 and ref.kind(node) in ("layout", "sum")
             data = [i for i in node.inputs if values_of[i].data] if node is not None and moved else []
-            alone = len(data) == 1 and not any(values_of[i].weights and not values_of[i].data for i in node.inputs) if node else False
+            alone = (
+                len(data) == 1 and not any(values_of[i].weights and not values_of[i].data for i in node.inputs)
+                if node
+                else False
+            )
             plain = node is not None and not any(isinstance(a, Ref) for a in node.args[1:])
             root[y] = root.get(data[0], y) if alone and plain and size.get(data[0]) == size[y] else y
         chosen: dict[int, int] = {}
