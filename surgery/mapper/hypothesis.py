@@ -9,12 +9,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, NotAffine, Term
+from surgery.mapper.affine import Affine, NotAffine, Term, base
 from surgery.mapper.record import Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.unify import Assignment, live
 
 aten = torch.ops.aten
+
+
+PARTS = frozenset(
+    "slice split unsafe_split split_with_sizes unsafe_split_with_sizes select unbind chunk unsafe_chunk index index_select".split()
+)  # layouts that keep some of the elements
 
 
 @dataclass
@@ -137,6 +142,8 @@ class Hypothesis(Affine):
         return found
 
     def _meets_open(self, node: Node) -> bool:
+        if base(node.op) in PARTS:  # what it leaves out may be what is open
+            return False
         if self.kind(node) == "product":
             data = [i for i in node.inputs if not self.weight_only(i)]
             x = self.env.get(data[0]) if data else None

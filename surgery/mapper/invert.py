@@ -37,10 +37,8 @@ def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
     numbers = sources[0].to(torch.int64)
     ref = h.reference
     ru = _holder(ref, numbers)
-    if ru is not None and ru.how == u.how:
-        return _alike(h, u, at, ru, numbers - ru.offset)
-    if ru is not None and {ru.how, u.how} == {"", "reciprocal"}:
-        return False
+    if ru is not None and ru.how == u.how and _alike(h, u, at, ru, numbers - ru.offset):
+        return True
     return _inverted(h, u, at, numbers)
 
 

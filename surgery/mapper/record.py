@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from surgery import twin
 
 aten = torch.ops.aten
-HUGE = 1e8  # masked scores: -inf, the dtype's minimum and -1e9 stand for the same thing
+HUGE = 5e3  # masked scores: -inf, the dtype's minimum and -1e9 stand for the same thing
 Fingerprint = tuple[float, float, float, float]
 
 
@@ -180,7 +180,7 @@ def _canon() -> dict[Any, Callable[..., Any]]:
     def batch_norm_eval(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
         shape = _channel(x, mean)
         y = r.call(aten.sub.Tensor, x, r.call(aten.view.default, mean, shape))
-        s = r.call(aten.rsqrt.default, r.call(aten.add.Tensor, var, eps))
+        s = rsqrt(r, r.call(aten.add.Tensor, var, eps))
         y = r.call(aten.mul.Tensor, y, r.call(aten.view.default, s, shape))
         return affine(r, y, w, b, shape)
 
@@ -230,6 +230,30 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         n = math.prod(x.shape[d] for d in dims)
         return r.call(aten.div.Tensor, r.call(aten.sum.dim_IntList, x, dims, keep), n)
 
+    def copy(r: Recorder, x: Any, y: Any, *_: Any) -> Any:
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y)
+        y = r.call(aten.expand.default, y, list(x.shape))
+        return y if y.dtype == x.dtype else r.call(aten._to_copy.default, y, dtype=x.dtype)
+
+    def rsqrt(r: Recorder, x: Any) -> Any:
+        return r.call(aten.reciprocal.default, r.call(aten.sqrt.default, x))
+
+    def power(r: Recorder, x: Any, n: Any) -> Any:
+        if n == 0.5:
+            return r.call(aten.sqrt.default, x)
+        if n == -0.5:
+            return rsqrt(r, x)
+        if n == -1:
+            return r.call(aten.reciprocal.default, x)
+        return r.call(aten.pow.Tensor_Scalar, x, n)
+
+    def div(r: Recorder, x: Any, y: Any) -> Any:
+        if isinstance(y, Tensor) and isinstance(x, Tensor) and y.is_floating_point():
+            v = r.tape.values[r.vid(y)]
+            if v.weights and not v.data:  # one spelling for a scale by weights
+                return r.call(aten.mul.Tensor, x, r.call(aten.reciprocal.default, y))
+        return r.call(aten.div.Tensor, x, y)
+
     def prelu(r: Recorder, x: Any, w: Any) -> Any:
         pos = r.call(aten.clamp_min.default, x, 0)
         neg = r.call(aten.clamp_max.default, x, 0)
@@ -254,6 +278,10 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         aten.sub.Tensor: sub,
         aten.add.Tensor: add,
         aten.embedding.default: embedding,
+        aten.copy.default: copy,
+        aten.rsqrt.default: rsqrt,
+        aten.pow.Tensor_Scalar: power,
+        aten.div.Tensor: div,
         aten.stack.default: stack,
         aten.mean.dim: mean,
         aten._prelu_kernel.default: prelu,

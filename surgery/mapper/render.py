@@ -77,6 +77,11 @@ class Renderer:
                 made = self._split(ids, owner, axis, depth)
                 if made is not None:
                     return made
+            short = [a for a in range(len(shape)) if 1 < shape[a] <= 16]
+            if short and len(kinds) > 1:  # a grid of tensors: one after the other
+                axis = short[0]
+                parts = [self.block(ids.narrow(axis, i, 1), depth + 1) for i in range(shape[axis])]
+                return call("cat", *parts, axis=axis)
         raise Unrenderable(f"no expression for an index map of shape {shape}")
 
     # -- bases --------------------------------------------------------------------------------------------------------
@@ -232,7 +237,24 @@ def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
             else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
         )
     plain = _plain_view(expr, shape, local)
-    return plain if plain is not None else _strided(expr, shape, local)
+    if plain is None:
+        plain = _strided(expr, shape, local)
+    return plain if plain is not None else _rows_taken(expr, shape, local)
+
+
+def _rows_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """Whole rows in an order of their own (a table looked up by a fixed index)."""
+    size = math.prod(shape[1:])
+    want = tuple(local.shape)
+    for last in range(len(want), -1, -1):  # the axes from `last` on make one row
+        if math.prod(want[last:]) != size:
+            continue
+        rows = local.reshape(-1, size)
+        if len(rows) > 4096 or not bool((rows % size == torch.arange(size)).all()) or not bool((rows - rows[:, :1] < size).all()):
+            return None
+        taken = call("take", expr, index=tuple((rows[:, 0] // size).tolist()), axis=0)
+        return taken if (len(rows), *shape[1:]) == want else call("reshape", taken, shape=want)
+    return None
 
 
 def _plain_view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:

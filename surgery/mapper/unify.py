@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Site, Term, informative
-from surgery.mapper.record import fingerprint, same
+from surgery.mapper.record import HUGE, fingerprint, same
 
 CLOSE = 1e-9
 
@@ -112,13 +112,26 @@ def match_rows(x: Tensor, present: Tensor, y: Tensor, part: bool = True) -> Rows
     scale = b.abs().max().clamp_min(1e-300)
     if bool(((a - b).abs() <= 1e-8 * scale).all()):
         return Rows(found, None)
-    best = int(a.abs().sum(1).argmax())
-    oa, ob = torch.argsort(a[best]), torch.argsort(b[best])
+    at = torch.nonzero(found >= 0).flatten()[:4096]
+    g = torch.Generator().manual_seed(17)
+    mix = torch.rand(len(at), generator=g, dtype=torch.float64) + 0.5  # a column in one number: ties are equal columns
+    ca, cb = mix @ x[at], mix @ y[found[at]]
+    oa, ob = torch.argsort(ca), torch.argsort(cb)
+    if not bool(((ca[oa] - cb[ob]).abs() <= 1e-8 * cb.abs().max().clamp_min(1e-300)).all()):
+        return None
     if not bool(((a[:, oa] - b[:, ob]).abs() <= 1e-8 * scale).all()):
         return None
     columns = torch.empty(x.shape[1], dtype=torch.int64)
     columns[oa] = ob
     return Rows(found, columns)
+
+
+def _channels(a: Tensor, b: Tensor) -> Tensor | None:
+    """For each channel of a, the channel of b that holds the same values, where they are not in the same order."""
+    ka, kb = row_keys(a.transpose(0, 1).flatten(1)), row_keys(b.transpose(0, 1).flatten(1))
+    if ka.shape != kb.shape or torch.allclose(ka, kb, rtol=CLOSE, atol=1e-12):
+        return None
+    return _find_rows(ka, kb)
 
 
 def match_sites(t: Site, r: Site, present: Tensor) -> Rows | None:
@@ -131,7 +144,8 @@ def match_sites(t: Site, r: Site, present: Tensor) -> Rows | None:
         fa, fb = fingerprint(t.x), fingerprint(r.x)
         if fa is None or fb is None or not same(fa, fb):
             return None
-        return Rows(torch.arange(int(present.max()) + 1), None)
+        channels = _channels(t.x, r.x) if t.geometry[5] == 1 else None
+        return Rows(torch.arange(int(present.max()) + 1), channels)
     a, b = t.linear(), r.linear()
     if a is None or b is None:
         return None
@@ -378,6 +392,10 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
     assert t.site is not None and r.site is not None
     if t.site.conv and r.site.conv:
         wt, wr = t.site.w[ct], r.site.w[cr]
+        if rows.columns is not None:
+            if bool((rows.columns < 0).any()):
+                return None
+            wr = wr[:, rows.columns]
     else:
         a, b = t.site.linear(), r.site.linear()
         assert a is not None and b is not None
@@ -440,6 +458,7 @@ def _total(terms: list[Term], kind: str, shape: tuple[int, ...]) -> Tensor | Non
             if t.value is None:
                 return None
             v = t.coef * t.value.expand(shape)
+            v = torch.where(v.abs() < HUGE, v, 0.0)  # masks: any large number does
             total = v if total is None else total + v
     return total
 
