@@ -430,9 +430,7 @@ FAMILIES = {
     "audio whisper": Family(whisper, OwnWhisper, noise(2, 10, 2 * TIME)),
     "audio positions": Family(positions, OwnPositions, noise(2, 11, WIDTH), lambda m, x: x + m(x)),
     "series lstm": Family(lambda: nn.LSTM(5, STATE, batch_first=True), OwnLSTM, noise(2, 2, 5), lambda m, x: m(x)[0]),
-    "series gru": Family(
-        lambda: nn.GRU(5, STATE), OwnGRU, noise(2, 2, 5), lambda m, x: m(x.transpose(0, 1))[0].transpose(0, 1)
-    ),
+    "series gru": Family(lambda: nn.GRU(5, STATE, batch_first=True), OwnGRU, noise(2, 2, 5), lambda m, x: m(x)[0]),
     "series patchtst": Family(patches, OwnPatches, noise(3, 32, 2), lambda m, x: m(past_values=x).last_hidden_state),
 }
 
