@@ -1,8 +1,8 @@
 """The reference must hold these weights: its live tensors, found by value among the checkpoint's.
 
-A library may rename, fuse, split or transpose on load, so that the names of a running reference are not the file's. Each
-live tensor is linked to an expression over the checkpoint's tensors that gives it bit for bit, up to the cast that loading
-made. One that has no such expression would make every proof one about other weights.
+A library may rename, fuse, split or transpose on load, so that the names of a running reference are not the file's.
+Each live tensor is linked to an expression over the checkpoint's tensors that gives it bit for bit, up to the cast that
+loading made. One that has no such expression would make every proof one about other weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
     """{live state-dict name: expression over the checkpoint}. A live tensor that cannot be linked is left out.
 
-    The search for the rest: equal bytes under another name; the same elements under another shape or order of axes;
-    rows of a larger tensor; several tensors joined along an axis.
+    The search for one that has no namesake: equal bytes under another name; the same elements under another shape or
+    order of axes; rows of a larger tensor; several tensors joined along an axis.
     """
     live = {n: t.detach() for n, t in reference.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     found: dict[str, Expr] = {}
@@ -74,7 +74,9 @@ class _Index:
             return None
         size, a, b = _sums(t)
         near = [
-            n for n, x, y in self.by_size.get(size, ()) if abs(x - a) <= 1e-2 * (b * size) ** 0.5 + 1e-6 and _close(y, b)
+            n
+            for n, x, y in self.by_size.get(size, ())
+            if abs(x - a) <= 1e-2 * (b * size) ** 0.5 + 1e-6 and _close(y, b)
         ]
         for n in sorted(near, key=lambda n: -likeness(n, name)):
             expr = self._same_elements(n, t)
@@ -138,7 +140,9 @@ class _Index:
             if hit is None:
                 return None
             rows.append(hit)
-        return call("cat", *(call("reshape", n, shape=(1, *t.shape[1:])) for n in rows), axis=0) if len(rows) > 1 else None
+        if len(rows) < 2:
+            return None
+        return call("cat", *(call("reshape", n, shape=(1, *t.shape[1:])) for n in rows), axis=0)
 
 
 def _close(a: float, b: float) -> bool:

@@ -1,10 +1,10 @@
 """The float64 twin: the same program, evaluated as if it had been written in float64 throughout.
 
-`module.double()` is not that: a norm that casts to float32 inside crashes or rounds, and a float32 constant stays one. A
-twin is a structural clone of the module (its tensors stand in their place as `Lifted`, which say that they are float64 and
-are converted where an operation consumes them, so that no second copy of the weights is held), run under `lifted()`, a pair
-of modes that turn every lower-precision cast, factory and constant into float64. The person's own module is never touched:
-its training flag, hooks, buffers, dtype and device stay as they are, also after a failure.
+`module.double()` is not that: a norm that casts to float32 inside crashes or rounds, and a float32 constant stays
+one. A twin is a structural clone of the module (its tensors stand in their place as `Lifted`, which say that they are
+float64 and are converted where an operation consumes them, so that no second copy of the weights is held), run under
+`lifted()`, a pair of modes that turn every lower-precision cast, factory and constant into float64. The person's own
+module is never touched: its training flag, hooks, buffers, dtype and device stay as they are, also after a failure.
 
 Sources: torch.utils._python_dispatch (modes, wrapper subclasses); torch.nn.attention (math form of the attention).
 """
@@ -22,45 +22,49 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-LOW = frozenset(
-    {torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-)  # what is raised to float64
+# What is raised to float64.
+LOW = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
 _FACTORIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
 
 
 class Lifted(Tensor):
-    """A tensor of lower precision that says it is float64. Its bytes stay where they are; an operation converts them on use."""
+    """A tensor of lower precision that says it is float64.
 
-    inner: Tensor
+    Its bytes stay where they are; an operation converts them on use.
+    """
+
+    stored: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Lifted:
+    def __new__(cls, stored: Tensor) -> Lifted:
         out: Lifted = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
+            stored.shape,
+            strides=stored.stride(),
+            storage_offset=stored.storage_offset(),
             dtype=torch.float64,
-            device=inner.device,
+            device=stored.device,
             requires_grad=False,
         )
-        out.inner = inner
+        out.stored = stored
         return out
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Lifted({tuple(self.shape)}, from {self.inner.dtype})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Lifted({tuple(self.shape)}, from {self.stored.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*tree_map(lift, args), **tree_map(lift, kwargs or {}))
 
 
 def lift(x: Any) -> Any:
     """A lower-precision tensor as float64, a low dtype as torch.float64, anything else as it is."""
     if isinstance(x, Lifted):
-        return x.inner.detach().to(torch.float64)
+        return x.stored.detach().to(torch.float64)
     if isinstance(x, Tensor):
         return x.to(torch.float64) if x.dtype in LOW else x
     if isinstance(x, torch.dtype) and x in LOW:
@@ -114,13 +118,8 @@ def clone(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
     for t in _tensors_of(module):
         memo[id(t)] = new = replace(t)
         keep += [t, new]
-    was = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)
-    try:
-        twin = copy.deepcopy(module, memo)
-    finally:
-        torch.set_grad_enabled(was)
-    return twin.eval()
+    with torch.no_grad():
+        return copy.deepcopy(module, memo).eval()
 
 
 def lifted_tensor(t: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def lifted_tensor(t: Tensor) -> Tensor:
 
 
 def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The float64 twin of `module`; `values` (by state-dict name, any float dtype) stand in place of its own tensors."""
+    """The float64 twin of `module`; `values` (by state-dict name, any float dtype) stand in for its own tensors."""
     put: dict[int, Tensor] = {}
     if values:
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
@@ -140,7 +139,10 @@ def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Mo
 
 @contextlib.contextmanager
 def math_only() -> Iterator[None]:
-    """Documented operators only: attention in its math form, no fused encoder fast path, no vendor RNN kernels, no gradients."""
+    """Documented operators only, and no gradients.
+
+    Attention in its math form, no fused encoder fast path, no vendor RNN kernels.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     dtype = torch.get_default_dtype()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -1,12 +1,14 @@
 """The mapper: from a checkpoint and a target to a plan, by names, shapes and what running shows.
 
 record     what a run shows: a tape of operators
+canon      operators in one spelling
 affine     values as sums of terms linear in the weights
 unify      where two sums meet
 invert     weights computed from weights
 reference, hypothesis, search    the walk over the target's tape
 render     from numbered elements to expressions
 names      words as evidence
+static     where nothing can be run
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ def find(
 ) -> Plan:
     """The plan that makes `target` compute what the probe's reference computes on the search input.
 
-    kept: target names whose values stay as they are (an earlier graft's). Returns a plan without a verdict (the proof gives
-    it), or one that says "refuted" and why in `diagnosis` where no mapping reproduces the reference's outputs. Raises
-    GraftError where the reference does not hold the source's weights, or a side fails to run.
+    kept: target names whose values stay as they are (an earlier graft's). Returns a plan without a verdict (the proof
+    gives it), or one that says "refuted" and why in `diagnosis` where no mapping reproduces the reference's outputs.
+    Raises GraftError where the reference does not hold the source's weights, or a side fails to run.
     """
     from surgery import twin
     from surgery.link import link

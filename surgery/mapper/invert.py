@@ -1,7 +1,7 @@
 """Weights that are computed from weights: settle what they are computed from.
 
-Where both programs compute alike (weight norm of weight norm, exp of exp), the arguments correspond; where only the target
-computes, the computation is inverted (a weight-norm gain is the norm of the direction: Salimans & Kingma 2016).
+Where both programs compute alike (weight norm of weight norm, exp of exp), the arguments correspond; where only the
+target computes, the computation is inverted (a weight-norm gain is the norm of the direction: Salimans & Kingma 2016).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from surgery.mapper.reference import Reference
 
 INVERSE = {
-    "exp": ("log", {}),
-    "log": ("exp", {}),
-    "neg": ("neg", {}),
-    "reciprocal": ("reciprocal", {}),
-    "sqrt": ("square", {}),
-    "rsqrt": ("rsqrt_inverse", {}),
+    "exp": "log",
+    "log": "exp",
+    "neg": "neg",
+    "reciprocal": "reciprocal",
+    "sqrt": "square",
+    "rsqrt": "rsqrt_inverse",
 }
 
 
@@ -58,8 +58,7 @@ def _node(p: Any, vid: int) -> Node | None:
 def _alike(h: Hypothesis, u: Virtual, at: Tensor, ru: Virtual, pos: Tensor) -> bool:
     ref = h.reference
     if u.how:  # 1/a against 1/b: a against b
-        a, b = h.weight_matrix(u.vid).reshape(-1), ref.weight_matrix(ru.vid).reshape(-1)
-        return _pair(h, a[at], b[pos])
+        return _pair(h, h.weight_matrix(u.vid).reshape(-1)[at], ref.weight_matrix(ru.vid).reshape(-1)[pos])
     nt, nr = _node(h, u.vid), _node(ref, ru.vid)
     if nt is None or nr is None or base(nt.op) != base(nr.op):
         return False
@@ -165,8 +164,7 @@ def _inverted(h: Hypothesis, u: Virtual, at: Tensor, numbers: Tensor) -> bool:
         return False
     ids = ids.reshape(-1)[at]
     if name in INVERSE:
-        fn, params = INVERSE[name]
-        return _pair(h, ids, ref.derive(fn, dict(params), numbers))
+        return _pair(h, ids, ref.derive(INVERSE[name], {}, numbers))
     if name in ("add", "sub"):
         other = next((x for x in node.args[:2] if not (isinstance(x, Ref) and x.vid == args[0])), None)
         c = _scalar(h, other)

@@ -1,9 +1,8 @@
 """What a run shows: a tape of documented operators, recorded from a float64 twin.
 
-The recorder is a TorchDispatchMode. It writes one node per aten operator, functional (an in-place update becomes a new value
-of the tensor and of every live alias of it) and canonical: operators that hide a parameter inside a larger computation
-(addmm, layer norm, batch norm, a convolution's bias) are taken apart, so that two libraries which spell the same function
-differently leave comparable tapes. Float values get a fingerprint that does not depend on layout.
+The recorder is a TorchDispatchMode. It writes one node per aten operator, functional (an in-place update becomes a new
+value of the tensor and of every live alias of it) and canonical (see canon.py). Float values get a fingerprint that
+does not depend on layout.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery import twin
+from surgery.mapper.canon import CANON
 
 aten = torch.ops.aten
 HUGE = 5e3  # masked scores: -inf, the dtype's minimum and -1e9 stand for the same thing
@@ -80,7 +80,10 @@ class Tape:
 
 
 def fingerprint(t: Tensor) -> Fingerprint | None:
-    """Sums that no permutation, reshape or zero padding changes. None where a value tells nothing (constant, not finite)."""
+    """Sums that no permutation, reshape or zero padding changes.
+
+    None where a value tells nothing (it is constant, or not finite).
+    """
     if t.numel() == 0 or not (t.is_floating_point() or t.is_complex()):
         return None
     x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
@@ -122,178 +125,24 @@ class FingerprintIndex:
 
 
 def overlay(old: Tensor, new: Tensor, at: Tensor, take: Tensor) -> Tensor:
-    """`old` with its elements `at` replaced by the elements `take` of `new` (flat positions): an in-place write seen by an alias."""
+    """`old` with its elements `at` replaced by the elements `take` of `new` (flat positions).
+
+    An in-place write as an alias sees it.
+    """
     out = old.clone().reshape(-1)
     out[at.to(out.device)] = new.reshape(-1)[take.to(new.device)].to(out.dtype)
     return out.reshape(old.shape)
 
 
-def _channel(x: Tensor, t: Tensor, axis: int = 1) -> list[int]:
-    shape = [1] * x.ndim
-    shape[axis] = t.numel()
-    return shape
-
-
-def _canon() -> dict[Any, Callable[..., Any]]:
-    """Operators taken apart, so that every parameter meets one product or one sum of its own."""
-
-    def addmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        return _scaled_add(r, r.call(aten.mm.default, x, w), b, beta, alpha)
-
-    def addmv(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        y = r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
-        return _scaled_add(r, y, b, beta, alpha)
-
-    def mv(r: Recorder, x: Any, w: Any) -> Any:
-        return r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
-
-    def dot(r: Recorder, a: Any, b: Any) -> Any:
-        y = r.call(aten.mm.default, r.call(aten.unsqueeze.default, a, 0), r.call(aten.unsqueeze.default, b, 1))
-        return r.call(aten.view.default, y, [])
-
-    def baddbmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        return _scaled_add(r, r.call(aten.bmm.default, x, w), b, beta, alpha)
-
-    def _scaled_add(r: Recorder, y: Any, b: Any, beta: Any, alpha: Any) -> Any:
-        if alpha != 1:
-            y = r.call(aten.mul.Tensor, y, alpha)
-        if beta == 0:
-            return y
-        if beta != 1:
-            b = r.call(aten.mul.Tensor, b, beta)
-        return r.call(aten.add.Tensor, y, b)
-
-    def affine(r: Recorder, y: Any, w: Any, b: Any, shape: list[int] | None) -> Any:
-        for op, p in ((aten.mul.Tensor, w), (aten.add.Tensor, b)):
-            if p is not None:
-                y = r.call(op, y, p if shape is None else r.call(aten.view.default, p, shape))
-        return y
-
-    def layer_norm(r: Recorder, x: Any, shape: Any, w: Any, b: Any, eps: float) -> Any:
-        y, mean, rstd = r.call(aten.native_layer_norm.default, x, shape, None, None, eps)
-        return affine(r, y, w, b, None), mean, rstd
-
-    def group_norm(r: Recorder, x: Any, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
-        y, mean, rstd = r.call(aten.native_group_norm.default, x, None, None, n, c, hw, groups, eps)
-        return affine(r, y, w, b, [1, c] + [1] * (x.ndim - 2)), mean, rstd
-
-    def batch_norm_eval(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
-        shape = _channel(x, mean)
-        y = r.call(aten.sub.Tensor, x, r.call(aten.view.default, mean, shape))
-        s = rsqrt(r, r.call(aten.add.Tensor, var, eps))
-        y = r.call(aten.mul.Tensor, y, r.call(aten.view.default, s, shape))
-        return affine(r, y, w, b, shape)
-
-    def batch_norm(
-        r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-    ) -> Any:
-        if training or mean is None:  # statistics of the input itself
-            y, m, s = r.call(aten.native_batch_norm.default, x, None, None, mean, var, training, momentum, eps)
-            return affine(r, y, w, b, [1, x.shape[1]] + [1] * (x.ndim - 2)), m, s
-        y = batch_norm_eval(r, x, w, b, mean, var, eps)
-        return y, x.new_empty(0), x.new_empty(0)
-
-    def batch_norm_legit(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
-        return batch_norm_eval(r, x, w, b, mean, var, eps), x.new_empty(0), x.new_empty(0)
-
-    def convolution(r: Recorder, x: Any, w: Any, b: Any, *rest: Any) -> Any:
-        y = r.call(aten.convolution.default, x, w, None, *rest)
-        return y if b is None else r.call(aten.add.Tensor, y, r.call(aten.view.default, b, _channel(y, b)))
-
-    def addcmul(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
-        y = r.call(aten.mul.Tensor, b, c)
-        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
-
-    def addcdiv(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
-        y = r.call(aten.div.Tensor, b, c)
-        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
-
-    def rsub(r: Recorder, a: Any, b: Any, alpha: Any = 1) -> Any:
-        a = a if alpha == 1 else r.call(aten.mul.Tensor, a, alpha)
-        return r.call(aten.add.Tensor, r.call(aten.neg.default, a), b)
-
-    def sub(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
-        return r.call(aten.sub.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
-
-    def add(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
-        return r.call(aten.add.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
-
-    def embedding(r: Recorder, w: Any, ids: Any, *_: Any) -> Any:
-        return r.call(aten.index.Tensor, w, [ids])
-
-    def stack(r: Recorder, ts: Any, dim: int = 0) -> Any:
-        dim = dim if dim >= 0 else dim + ts[0].ndim + 1
-        return r.call(aten.cat.default, [r.call(aten.unsqueeze.default, t, dim) for t in ts], dim)
-
-    def mean(r: Recorder, x: Any, dims: Any, keep: bool = False, *, dtype: Any = None) -> Any:
-        dims = list(dims) if dims else list(range(x.ndim))
-        n = math.prod(x.shape[d] for d in dims)
-        return r.call(aten.div.Tensor, r.call(aten.sum.dim_IntList, x, dims, keep), n)
-
-    def copy(r: Recorder, x: Any, y: Any, *_: Any) -> Any:
-        y = y if isinstance(y, Tensor) else torch.as_tensor(y)
-        y = r.call(aten.expand.default, y, list(x.shape))
-        return y if y.dtype == x.dtype else r.call(aten._to_copy.default, y, dtype=x.dtype)
-
-    def rsqrt(r: Recorder, x: Any) -> Any:
-        return r.call(aten.reciprocal.default, r.call(aten.sqrt.default, x))
-
-    def power(r: Recorder, x: Any, n: Any) -> Any:
-        if n == 0.5:
-            return r.call(aten.sqrt.default, x)
-        if n == -0.5:
-            return rsqrt(r, x)
-        if n == -1:
-            return r.call(aten.reciprocal.default, x)
-        return r.call(aten.pow.Tensor_Scalar, x, n)
-
-    def div(r: Recorder, x: Any, y: Any) -> Any:
-        if isinstance(y, Tensor) and isinstance(x, Tensor) and y.is_floating_point():
-            v = r.tape.values[r.vid(y)]
-            if v.weights and not v.data:  # one spelling for a scale by weights
-                return r.call(aten.mul.Tensor, x, r.call(aten.reciprocal.default, y))
-        return r.call(aten.div.Tensor, x, y)
-
-    def prelu(r: Recorder, x: Any, w: Any) -> Any:
-        pos = r.call(aten.clamp_min.default, x, 0)
-        neg = r.call(aten.clamp_max.default, x, 0)
-        shape = _channel(x, w) if w.numel() > 1 and x.ndim > 1 else [1] * x.ndim
-        return r.call(aten.add.Tensor, pos, r.call(aten.mul.Tensor, neg, r.call(aten.view.default, w, shape)))
-
-    return {
-        aten.addmm.default: addmm,
-        aten.addmv.default: addmv,
-        aten.mv.default: mv,
-        aten.dot.default: dot,
-        aten.baddbmm.default: baddbmm,
-        aten.native_layer_norm.default: layer_norm,
-        aten.native_group_norm.default: group_norm,
-        aten.native_batch_norm.default: batch_norm,
-        aten._native_batch_norm_legit_no_training.default: batch_norm_legit,
-        aten.convolution.default: convolution,
-        aten.addcmul.default: addcmul,
-        aten.addcdiv.default: addcdiv,
-        aten.rsub.Tensor: rsub,
-        aten.rsub.Scalar: rsub,
-        aten.sub.Tensor: sub,
-        aten.add.Tensor: add,
-        aten.embedding.default: embedding,
-        aten.copy.default: copy,
-        aten.rsqrt.default: rsqrt,
-        aten.pow.Tensor_Scalar: power,
-        aten.div.Tensor: div,
-        aten.stack.default: stack,
-        aten.mean.dim: mean,
-        aten._prelu_kernel.default: prelu,
-    }
-
-
-CANON = _canon()
+# Operators that give weights back in another layout.
 MOVES = frozenset(
-    "view _unsafe_view reshape t transpose permute expand unsqueeze squeeze select slice split split_with_sizes unbind "
-    "clone _to_copy detach alias".split()
-)
+    {
+        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select",
+        "slice", "split", "split_with_sizes", "unbind", "clone", "_to_copy", "detach", "alias",
+    }
+)  # fmt: skip
 RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
+# Operators whose result, or its shape, Python reads.
 SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})
 
 
@@ -321,7 +170,6 @@ class Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
-        self.inside = False
 
     # -- values -------------------------------------------------------------------------------------------------------
     def add(self, t: Tensor, value: Value, *, moved: bool = False) -> int:
@@ -350,6 +198,10 @@ class Recorder(TorchDispatchMode):
             self.tape.values[found].tensor = real.detach().clone()
         return int(found)
 
+    def weights_only(self, t: Tensor) -> bool:
+        value = self.tape.values[self.vid(t)]
+        return value.weights and not value.data
+
     def sync(self, t: Tensor) -> None:
         """Python reads the values of t: remember them, a replay must come to the same."""
         vid = self.vid(t)
@@ -369,15 +221,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, Tensor):
                 refs.append(self.vid(x))
                 return Ref(refs[-1])
-            return x
+            return twin.lift(x)  # a dtype
 
-        low_args, low_kwargs = tree_map(twin.lift, args), tree_map(twin.lift, kwargs)
-        rargs, rkwargs = (
-            tree_map(ref, args),
-            tree_map(ref, tree_map(lambda d: d if isinstance(d, Tensor) else twin.lift(d), kwargs)),
-        )
-        rargs = tree_map(lambda d: twin.lift(d) if isinstance(d, torch.dtype) else d, rargs)
-        out = op(*low_args, **low_kwargs)
+        lifted_args, lifted_kwargs = tree_map(twin.lift, args), tree_map(twin.lift, kwargs)
+        rargs, rkwargs = tree_map(ref, args), tree_map(ref, kwargs)
+        out = op(*lifted_args, **lifted_kwargs)
         index = len(self.tape.nodes)
         data = any(self.tape.values[v].data for v in refs)
         weights = any(self.tape.values[v].weights for v in refs)
@@ -390,8 +238,8 @@ class Recorder(TorchDispatchMode):
                 if (known := self.ids.get(t)) is not None:  # an operator that returned its own argument
                     outs.append(int(known))
                     continue
-                v = Value(tuple(t.shape), t.dtype, origin, node=index, out=i, data=data, weights=weights)
-                outs.append(self.add(t, v, moved=weights and not data and name in MOVES))
+                value = Value(tuple(t.shape), t.dtype, origin, node=index, out=i, data=data, weights=weights)
+                outs.append(self.add(t, value, moved=weights and not data and name in MOVES))
                 if random:
                     self.tape.values[outs[-1]].tensor = t.detach().clone()
             else:
@@ -399,8 +247,8 @@ class Recorder(TorchDispatchMode):
         for v in set(refs):
             self.tape.consumers[v].append(index)
         self.tape.nodes.append(Node(op, rargs, rkwargs, tuple(outs), self.where(), tuple(dict.fromkeys(refs))))
-        if op in SYNC:
-            self.tape.nodes[-1].kwargs = {**rkwargs, "saw": out} if op is aten._local_scalar_dense.default else rkwargs
+        if op is aten._local_scalar_dense.default:
+            self.tape.nodes[-1].kwargs = {**rkwargs, "saw": out}
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -415,7 +263,7 @@ class Recorder(TorchDispatchMode):
         return self.call(func, *args, **kwargs)
 
     def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An in-place operator: record the functional one, write the result, renumber the tensor and its live aliases."""
+        """An in-place operator: record the functional one, write the result, renumber the tensor and its aliases."""
         written = [
             (i, a.name)
             for i, a in enumerate(func._schema.arguments)
@@ -431,9 +279,7 @@ class Recorder(TorchDispatchMode):
                 kwargs = {k: v for k, v in kwargs.items() if k != "out"}
             else:
                 raise NotRecordable(f"{func} writes in place in a way that has no functional form")
-        overload = (
-            _out_free(packet, func) if name == "out" else _functional(packet, func)
-        )
+        overload = _out_free(packet, func) if name == "out" else _functional(packet, func)
         if torch.Tag.inplace_view in func.tags:  # only the strides change, no value does
             vid = self.vid(self.call(overload, *args, **kwargs))
             func(*args, **kwargs)
@@ -444,11 +290,11 @@ class Recorder(TorchDispatchMode):
         if new.shape != t.shape:
             new = self.call(aten.expand.default, new, list(t.shape))
         if isinstance(t, twin.Lifted):  # the twin's stand-in changes, the person's tensor does not
-            t.inner = new.clone()
+            t.stored = new.clone()
             self.ids[t] = self.vid(new)
             return t
-        aliases = [a for w in self.storages.get(t.untyped_storage()._cdata, []) if (a := w()) is not None]
-        aliases = [a for a in aliases if a is not t and a in self.ids]
+        alive = [a for w in self.storages.get(t.untyped_storage()._cdata, []) if (a := w()) is not None]
+        aliases = [a for a in alive if a is not t and a in self.ids]
         at = _positions(t) if aliases else torch.zeros(0)
         for alias in aliases:
             mine = _positions(alias)
@@ -508,17 +354,17 @@ def _positions(t: Tensor) -> Tensor:
     return base.reshape(-1) + t.storage_offset()
 
 
-def _pop(stack: list[str]) -> None:
-    stack.pop()
-
-
 @contextmanager
 def _paths(module: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the dotted path of the module that is running on top of `stack`. The module is a twin: its hooks are ours."""
+    """Keep the dotted path of the running module on top of `stack`. The module is a twin: its hooks are ours."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     handles = []
     for name, m in module.named_modules():
         handles.append(m.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
-        handles.append(m.register_forward_hook(lambda _m, _a, _o: _pop(stack), always_call=True))
+        handles.append(m.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -537,9 +383,10 @@ def record(
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
-    `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it. `weights`: the
-    state-dict names that count as weights (all of them); the others are constants of the program. `sizes`: how many
-    elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held anyway.
+    `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it. `weights`:
+    the state-dict names that count as weights (all of them); the others are constants of the program. `sizes`: how many
+    elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held
+    anyway.
     """
     rec = Recorder(keep, sizes)
     tape = rec.tape
@@ -555,9 +402,8 @@ def record(
                 weight = t.is_floating_point() and (weights is None or name in weights)
                 v = Value(tuple(t.shape), twin.lift(t.dtype), "param" if weight else "const", name=name, weights=weight)
                 vid = rec.add(t, v)
-                v.tensor = (
-                    t.inner if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()
-                )  # weights: not a copy
+                # A weight is not copied; a constant is held as it is now.
+                v.tensor = t.stored if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()
             if tape.values[vid].origin == "param":
                 tape.params[name] = int(vid)
         for t in tree_iter(x):

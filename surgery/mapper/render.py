@@ -1,26 +1,29 @@
 """From numbered elements to a plan's expressions: read an index map aloud.
 
-A settled target tensor is an array of source element numbers. Here it becomes an expression that a person can read: a name,
-a transpose, a concatenation, an interleaving of heads, a strided view; with the rows that no input reached completed where
-the ones that were reached lie on one index map (see `complete`). What has no such form is not rendered, and is left open.
+A settled target tensor is an array of source element numbers. Here it becomes an expression that a person can read: a
+name, a transpose, a concatenation, an interleaving of heads, a strided view; with the rows that no input reached
+completed where the ones that were reached lie on one index map (see `complete`). What has no such form is not rendered,
+and is left open.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.expr import Call, Expr, Name, call
+from surgery.expr import Expr, call
 from surgery.mapper.affine import NotAffine, Virtual, base
 from surgery.mapper.hypothesis import Bound
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Derived, Reference
 
-MOST_PARTS = 64
+MOST_PARTS = 64  # of a concatenation
+MOST_ROWS = 4096  # that a plan names one by one
 
 
 class Unrenderable(Exception):
@@ -33,8 +36,7 @@ class Renderer:
     def __init__(self, reference: Reference, links: dict[str, Expr]) -> None:
         self.ref = reference
         self.links = links
-        firsts = [(first, size, name) for first, size, name in reference.names]
-        self.real = firsts
+        self.real = list(reference.names)  # (first number, size, name) of the tensors that the reference holds
 
     # -- the whole ----------------------------------------------------------------------------------------------------
     def bound(self, b: Bound, shape: tuple[int, ...]) -> Expr:
@@ -250,7 +252,8 @@ def _rows_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | Non
         if math.prod(want[last:]) != size:
             continue
         rows = local.reshape(-1, size)
-        if len(rows) > 4096 or not bool((rows % size == torch.arange(size)).all()) or not bool((rows - rows[:, :1] < size).all()):
+        whole = (rows % size == torch.arange(size)) & (rows - rows[:, :1] < size)
+        if len(rows) > MOST_ROWS or not bool(whole.all()):
             return None
         taken = call("take", expr, index=tuple((rows[:, 0] // size).tolist()), axis=0)
         return taken if (len(rows), *shape[1:]) == want else call("reshape", taken, shape=want)
@@ -371,9 +374,9 @@ def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
 def complete(b: Bound, shape: tuple[int, ...], reference: Reference) -> Bound:
     """Fill rows that no input reached where the rows that were reached come, step by step, from one tensor.
 
-    Along the axis on which whole rows are open: the settled rows of each source tensor must be an affine function of the
-    row's place (row r from row r - offset: positions, tokens, a merged table), and a place that two such functions claim
-    stays open.
+    Along the axis on which whole rows are open: the settled rows of each source tensor must be an affine function of
+    the row's place (row r from row r - offset: positions, tokens, a merged table), and a place that two such functions
+    claim stays open.
     """
     if b.full or not shape:
         return b
@@ -407,7 +410,7 @@ def _complete_rows(rows: Tensor, more: list[Tensor], reference: Reference) -> tu
         return None
     if len(columns) > 1 or bool((rows[settled] < 0).any()):
         laws = [_law(c, settled, reference) for c in columns]
-        return _apply([law for law in laws if law is not None], columns, rows, every=len(columns))
+        return _extended([law for law in laws if law is not None], columns, rows)
     edges = torch.tensor(sorted(f for f, _, _ in reference.names))
     owner = torch.bucketize(rows[settled, 0], edges, right=True)
     laws = [_law(rows, settled[owner == o], reference) for o in torch.unique(owner).tolist()]
@@ -416,17 +419,28 @@ def _complete_rows(rows: Tensor, more: list[Tensor], reference: Reference) -> tu
     for law in laws:
         if law is None:
             continue
-        first, last, at, start, step, valid = law
-        del first, last
-        where = torch.nonzero((rows[:, 0] == 0) & valid).flatten()
+        where = torch.nonzero((rows[:, 0] == 0) & law.valid).flatten()
         claims[where] += 1
-        out[where] = start + (where - at).unsqueeze(1) * step
+        out[where] = law.rows(where)
     out[claims > 1] = 0
     return out, []
 
 
-def _law(rows: Tensor, settled: Tensor, reference: Reference) -> tuple[int, int, int, Tensor, int, Tensor] | None:
-    """row r = start + (r - at) * step, and for which r that stays inside the tensor and its axis."""
+@dataclass
+class _Law:
+    """Row r holds the numbers start + (r - at) * step, where that stays inside the source tensor and its axis."""
+
+    at: int
+    start: Tensor
+    step: int
+    valid: Tensor  # for every row: does it stay inside?
+
+    def rows(self, where: Tensor) -> Tensor:
+        return self.start + (where - self.at).unsqueeze(1) * self.step
+
+
+def _law(rows: Tensor, settled: Tensor, reference: Reference) -> _Law | None:
+    """The law that the settled rows follow, or None."""
     if len(settled) == 0 or bool((rows[settled] <= 0).any()):
         return None
     at = int(settled[0])
@@ -441,7 +455,7 @@ def _law(rows: Tensor, settled: Tensor, reference: Reference) -> tuple[int, int,
         steps = gap // (settled[1:] - at).unsqueeze(1)
         step = int(steps[0, 0])
         if step == 0 and not bool(gap.any()):  # one row for all
-            return first, size, at, start, 0, torch.ones(len(rows), dtype=torch.bool)
+            return _Law(at, start, 0, torch.ones(len(rows), dtype=torch.bool))
         if step <= 0 or not bool((gap == (settled[1:] - at).unsqueeze(1) * step).all()):
             return None
     else:
@@ -456,20 +470,18 @@ def _law(rows: Tensor, settled: Tensor, reference: Reference) -> tuple[int, int,
     if not bool((place == place[0]).all()):
         return None
     there = int(place[0]) + torch.arange(len(rows)) - at
-    return first, size, at, start, step, (there >= 0) & (there < length)
+    return _Law(at, start, step, (there >= 0) & (there < length))
 
 
-def _apply(laws: list[Any], columns: list[Tensor], rows: Tensor, *, every: int) -> tuple[Tensor, list[Tensor]] | None:
-    if len(laws) != every:
+def _extended(laws: list[_Law], columns: list[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    """A sum of several tensors: each addend by its own law, in the rows where all of them hold."""
+    if len(laws) != len(columns):
         return None
-    valid = torch.stack([law[5] for law in laws]).all(0)
+    valid = torch.stack([law.valid for law in laws]).all(0)
     where = torch.nonzero((rows[:, 0] == 0) & valid).flatten()
     out = []
-    for c, (_, _, at, start, step, _) in zip(columns, laws, strict=True):
+    for c, law in zip(columns, laws, strict=True):
         new = c.clone()
-        new[where] = start + (where - at).unsqueeze(1) * step
+        new[where] = law.rows(where)
         out.append(new)
     return out[0], out[1:]
-
-
-__all__ = ["Call", "Name", "Renderer", "Unrenderable", "complete", "view"]

@@ -1,0 +1,188 @@
+"""Canonical spellings: operators taken apart, so that every parameter meets one product or one sum of its own.
+
+Operators that hide a parameter inside a larger computation (addmm, layer norm, batch norm, a convolution's bias) become
+the documented arithmetic that they stand for, so that two libraries which spell the same function differently leave
+comparable tapes. Each entry calls its parts through the recorder (`r.call`), which writes them down.
+
+Sources: the operators' formulas in the documentation of torch.nn; PReLU: He et al. 2015.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Recorder(Protocol):
+    """What runs an operator and writes it down."""
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def weights_only(self, t: Tensor) -> bool:
+        """Is t made of parameters alone?"""
+
+
+def _channel(x: Tensor, t: Tensor) -> list[int]:
+    """The shape in which t, one value a channel, meets x."""
+    shape = [1] * x.ndim
+    shape[1] = t.numel()
+    return shape
+
+
+def _canon() -> dict[Any, Callable[..., Any]]:
+    def addmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        return _scaled_add(r, r.call(aten.mm.default, x, w), b, beta, alpha)
+
+    def addmv(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        y = r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
+        return _scaled_add(r, y, b, beta, alpha)
+
+    def mv(r: Recorder, x: Any, w: Any) -> Any:
+        return r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
+
+    def dot(r: Recorder, a: Any, b: Any) -> Any:
+        y = r.call(aten.mm.default, r.call(aten.unsqueeze.default, a, 0), r.call(aten.unsqueeze.default, b, 1))
+        return r.call(aten.view.default, y, [])
+
+    def baddbmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        return _scaled_add(r, r.call(aten.bmm.default, x, w), b, beta, alpha)
+
+    def _scaled_add(r: Recorder, y: Any, b: Any, beta: Any, alpha: Any) -> Any:
+        if alpha != 1:
+            y = r.call(aten.mul.Tensor, y, alpha)
+        if beta == 0:
+            return y
+        if beta != 1:
+            b = r.call(aten.mul.Tensor, b, beta)
+        return r.call(aten.add.Tensor, y, b)
+
+    def affine(r: Recorder, y: Any, w: Any, b: Any, shape: list[int] | None) -> Any:
+        for op, p in ((aten.mul.Tensor, w), (aten.add.Tensor, b)):
+            if p is not None:
+                y = r.call(op, y, p if shape is None else r.call(aten.view.default, p, shape))
+        return y
+
+    def layer_norm(r: Recorder, x: Any, shape: Any, w: Any, b: Any, eps: float) -> Any:
+        y, mean, rstd = r.call(aten.native_layer_norm.default, x, shape, None, None, eps)
+        return affine(r, y, w, b, None), mean, rstd
+
+    def group_norm(r: Recorder, x: Any, w: Any, b: Any, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
+        y, mean, rstd = r.call(aten.native_group_norm.default, x, None, None, n, c, hw, groups, eps)
+        return affine(r, y, w, b, [1, c] + [1] * (x.ndim - 2)), mean, rstd
+
+    def batch_norm_eval(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
+        shape = _channel(x, mean)
+        y = r.call(aten.sub.Tensor, x, r.call(aten.view.default, mean, shape))
+        s = rsqrt(r, r.call(aten.add.Tensor, var, eps))
+        y = r.call(aten.mul.Tensor, y, r.call(aten.view.default, s, shape))
+        return affine(r, y, w, b, shape)
+
+    def batch_norm(
+        r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+    ) -> Any:
+        if training or mean is None:  # statistics of the input itself
+            y, m, s = r.call(aten.native_batch_norm.default, x, None, None, mean, var, training, momentum, eps)
+            return affine(r, y, w, b, [1, x.shape[1]] + [1] * (x.ndim - 2)), m, s
+        y = batch_norm_eval(r, x, w, b, mean, var, eps)
+        return y, x.new_empty(0), x.new_empty(0)
+
+    def batch_norm_legit(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+        return batch_norm_eval(r, x, w, b, mean, var, eps), x.new_empty(0), x.new_empty(0)
+
+    def convolution(r: Recorder, x: Any, w: Any, b: Any, *rest: Any) -> Any:
+        y = r.call(aten.convolution.default, x, w, None, *rest)
+        return y if b is None else r.call(aten.add.Tensor, y, r.call(aten.view.default, b, _channel(y, b)))
+
+    def addcmul(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
+        y = r.call(aten.mul.Tensor, b, c)
+        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
+
+    def addcdiv(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
+        y = r.call(aten.div.Tensor, b, c)
+        return r.call(aten.add.Tensor, a, y if value == 1 else r.call(aten.mul.Tensor, y, value))
+
+    def rsub(r: Recorder, a: Any, b: Any, alpha: Any = 1) -> Any:
+        a = a if alpha == 1 else r.call(aten.mul.Tensor, a, alpha)
+        return r.call(aten.add.Tensor, r.call(aten.neg.default, a), b)
+
+    def sub(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
+        return r.call(aten.sub.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
+
+    def add(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
+        return r.call(aten.add.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
+
+    def embedding(r: Recorder, w: Any, ids: Any, *_: Any) -> Any:
+        return r.call(aten.index.Tensor, w, [ids])
+
+    def stack(r: Recorder, ts: Any, dim: int = 0) -> Any:
+        dim = dim if dim >= 0 else dim + ts[0].ndim + 1
+        return r.call(aten.cat.default, [r.call(aten.unsqueeze.default, t, dim) for t in ts], dim)
+
+    def mean(r: Recorder, x: Any, dims: Any, keep: bool = False, *, dtype: Any = None) -> Any:
+        dims = list(dims) if dims else list(range(x.ndim))
+        n = math.prod(x.shape[d] for d in dims)
+        return r.call(aten.div.Tensor, r.call(aten.sum.dim_IntList, x, dims, keep), n)
+
+    def copy(r: Recorder, x: Any, y: Any, *_: Any) -> Any:
+        y = y if isinstance(y, Tensor) else torch.as_tensor(y)
+        y = r.call(aten.expand.default, y, list(x.shape))
+        return y if y.dtype == x.dtype else r.call(aten._to_copy.default, y, dtype=x.dtype)
+
+    def rsqrt(r: Recorder, x: Any) -> Any:
+        return r.call(aten.reciprocal.default, r.call(aten.sqrt.default, x))
+
+    def power(r: Recorder, x: Any, n: Any) -> Any:
+        if n == 0.5:
+            return r.call(aten.sqrt.default, x)
+        if n == -0.5:
+            return rsqrt(r, x)
+        if n == -1:
+            return r.call(aten.reciprocal.default, x)
+        return r.call(aten.pow.Tensor_Scalar, x, n)
+
+    def div(r: Recorder, x: Any, y: Any) -> Any:
+        if isinstance(y, Tensor) and isinstance(x, Tensor) and y.is_floating_point() and r.weights_only(y):
+            return r.call(aten.mul.Tensor, x, r.call(aten.reciprocal.default, y))  # one spelling for a scale by weights
+        return r.call(aten.div.Tensor, x, y)
+
+    def prelu(r: Recorder, x: Any, w: Any) -> Any:
+        pos = r.call(aten.clamp_min.default, x, 0)
+        neg = r.call(aten.clamp_max.default, x, 0)
+        shape = _channel(x, w) if w.numel() > 1 and x.ndim > 1 else [1] * x.ndim
+        return r.call(aten.add.Tensor, pos, r.call(aten.mul.Tensor, neg, r.call(aten.view.default, w, shape)))
+
+    return {
+        aten.addmm.default: addmm,
+        aten.addmv.default: addmv,
+        aten.mv.default: mv,
+        aten.dot.default: dot,
+        aten.baddbmm.default: baddbmm,
+        aten.native_layer_norm.default: layer_norm,
+        aten.native_group_norm.default: group_norm,
+        aten.native_batch_norm.default: batch_norm,
+        aten._native_batch_norm_legit_no_training.default: batch_norm_legit,
+        aten.convolution.default: convolution,
+        aten.addcmul.default: addcmul,
+        aten.addcdiv.default: addcdiv,
+        aten.rsub.Tensor: rsub,
+        aten.rsub.Scalar: rsub,
+        aten.sub.Tensor: sub,
+        aten.add.Tensor: add,
+        aten.embedding.default: embedding,
+        aten.copy.default: copy,
+        aten.rsqrt.default: rsqrt,
+        aten.pow.Tensor_Scalar: power,
+        aten.div.Tensor: div,
+        aten.stack.default: stack,
+        aten.mean.dim: mean,
+        aten._prelu_kernel.default: prelu,
+    }
+
+
+CANON = _canon()
