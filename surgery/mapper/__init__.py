@@ -13,6 +13,7 @@ static     where nothing can be run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.expr import Expr
     from surgery.mapper.hypothesis import Hypothesis
+    from surgery.mapper.record import Tape
+    from surgery.mapper.reference import Reference
     from surgery.probe import Probe
 
 
@@ -52,12 +55,12 @@ def find(
     links = dict(links) if links is not None else link(probe.reference, source)
     x = probe.search_input()
     seen = _ran("reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links)))
-    _complete_links(probe.reference, seen, links)
+    _check_links(probe.reference, seen, links)
     reference = Reference(seen)
     own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}
     floats = {n for n, t in own.items() if t.is_floating_point() and n not in kept}
 
-    def again(values: dict[str, Tensor]) -> Any:
+    def again(values: dict[str, Tensor]) -> Tape:
         return record(probe.call_target, twin.twin(target, values), x, weights=floats, keep=0)
 
     tape = _ran("target", lambda: again({}))
@@ -80,7 +83,7 @@ def find(
     return _plan(source, target, best, dict(links), own, kept, found=won is not None)
 
 
-def _ran(side: str, run: Callable[[], Any]) -> Any:
+def _ran(side: str, run: Callable[[], Tape]) -> Tape:
     """Run one side; what it raises becomes the person's error, with the side named."""
     try:
         return run()
@@ -93,7 +96,7 @@ def _ran(side: str, run: Callable[[], Any]) -> Any:
         ) from e
 
 
-def _complete_links(reference: nn.Module, tape: Any, links: Mapping[str, Expr]) -> None:
+def _check_links(reference: nn.Module, tape: Tape, links: Mapping[str, Expr]) -> None:
     """Every parameter that the reference's run consumed must be one of the checkpoint's."""
     parameters = {n for n, _ in reference.named_parameters(remove_duplicate=False)}
     missing = [
@@ -118,7 +121,7 @@ def _maybe_constant(target: nn.Module) -> set[str]:
     return out
 
 
-def _outputs_equal(reference: Any, outputs: list[int]) -> Callable[[Hypothesis], bool]:
+def _outputs_equal(reference: Reference, outputs: list[int]) -> Callable[[Hypothesis], bool]:
     def accept(h: Hypothesis) -> bool:
         mine = h.tape.outputs()
         if len(mine) != len(outputs):
@@ -137,7 +140,7 @@ def _outputs_equal(reference: Any, outputs: list[int]) -> Callable[[Hypothesis],
     return accept
 
 
-def _outputs_occur(reference: Any, outputs: list[int]) -> Callable[[Hypothesis], bool]:
+def _outputs_occur(reference: Reference, outputs: list[int]) -> Callable[[Hypothesis], bool]:
     from surgery.mapper.record import fingerprint, same
 
     def accept(h: Hypothesis) -> bool:
@@ -149,7 +152,7 @@ def _outputs_occur(reference: Any, outputs: list[int]) -> Callable[[Hypothesis],
             mine = (
                 v
                 for v, val in enumerate(h.tape.values)
-                if val.data and val.weights and v not in h.tainted and _numel(val.shape) == b.numel()
+                if val.data and val.weights and v not in h.tainted and math.prod(val.shape) == b.numel()
             )
             if not any(
                 (t := h.known(v)) is not None and (g := fingerprint(t)) is not None and same(f, g) for v in mine
@@ -158,13 +161,6 @@ def _outputs_occur(reference: Any, outputs: list[int]) -> Callable[[Hypothesis],
         return True
 
     return accept
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
 
 
 def _plan(
@@ -179,79 +175,67 @@ def _plan(
 ) -> Plan:
     """The rows of a hypothesis, in the target's order, and what becomes of the rest of the source."""
     from surgery.dtypes import name_of
-    from surgery.expr import Name, kind
     from surgery.mapper.render import Renderer, Unrenderable, complete
+    from surgery.memory import info_of
 
     renderer = Renderer(h.reference, links)
-    rows: dict[str, Row] = {}
-    first_of: dict[int, str] = {}
-    open_rows: list[str] = []
     evidence = _evidence(h)
+    rows: dict[str, Row] = {}
+    unsettled: list[str] = []
+    unrendered: list[str] = []
+    ties = _ties(own)
     for name, t in own.items():
         shape, dtype = tuple(t.shape), name_of(t.dtype)
-        if id_ := first_of.get(_key(t)):
-            rows[name] = Row(name, Status.TIED, None, shape, dtype, tied_to=id_)
-            continue
-        if t.numel():
-            first_of[_key(t)] = name
-        if name in kept:
-            rows[name] = Row(name, Status.KEPT, None, shape, dtype, note="filled by an earlier graft")
-            continue
         vid = h.tape.params.get(name)
         label = h.tape.values[vid].name if vid is not None else name
-        bound = h.bound.get(label)
-        if bound is not None:
+        if name in ties:
+            rows[name] = Row(name, Status.TIED, None, shape, dtype, tied_to=ties[name])
+        elif name in kept:
+            rows[name] = Row(name, Status.KEPT, None, shape, dtype, note="filled by an earlier graft")
+        elif (bound := h.bound.get(label)) is not None:
             try:
                 expr = renderer.bound(complete(bound, shape, h.reference), shape)
             except Unrenderable as e:
-                open_rows.append(f"{name}: {e}")
+                unrendered.append(f"{name}: {e}")
                 rows[name] = Row(name, Status.NEW, None, shape, dtype, note=f"open: {e}")
-                continue
-            made = _synthesised(expr)
-            rows[name] = Row(
-                name,
-                Status.SYNTHESISED if made else Status.FILLED,
-                expr,
-                shape,
-                dtype,
-                evidence=evidence.get(label, ""),
-            )
+            else:
+                status = Status.SYNTHESISED if _synthesised(expr) else Status.FILLED
+                rows[name] = Row(name, status, expr, shape, dtype, evidence=evidence.get(label, ""))
         elif label in h.constant:
             rows[name] = Row(name, Status.CONSTANT, None, shape, dtype, note="the target's own constant")
         else:
-            rows[name] = _unreached(name, t, shape, dtype, rows, source, h)
-    del Name, kind
+            unsettled.append(name)
+    exprs = {n: row.expr for n, row in rows.items() if row.expr is not None}
+    for name in unsettled:
+        rows[name] = row = _unsettled(name, own[name], exprs, source, h)
+        if row.expr is not None:
+            exprs[name] = row.expr
     used = {n for r in rows.values() for n in r.sources}
-    dropped = [Dropped(n, _why_dropped(n, h, links)) for n in source if n not in used]
     diagnosis = "" if found else _diagnosis(h)
-    if found and open_rows:
-        diagnosis = "the mapping was found but has no expression for " + "; ".join(open_rows[:4])
-    infos = {n: _info(t) for n, t in own.items()}
-    symmetries = []
-    if h.swapped:
-        symmetries.append(
-            "addends of one sum (biases of one gate or kernel) could change places: any choice is the same"
-        )
+    if found and unrendered:
+        diagnosis = "the mapping was found but has no expression for " + "; ".join(unrendered[:4])
+    either = "addends of one sum (biases of one gate or kernel) could change places: any choice is the same"
     return Plan(
-        rows=tuple(rows.values()),
-        dropped=tuple(dropped),
+        rows=tuple(rows[name] for name in own),
+        dropped=tuple(Dropped(n, _why_dropped(n, h, links)) for n in source if n not in used),
         source=Stamp.of(source, source.source),
-        target=Stamp.of(infos, type(target).__name__),
-        verdict=None if not diagnosis else "refuted",
-        symmetries=tuple(symmetries),
+        target=Stamp.of({n: info_of(t) for n, t in own.items()}, type(target).__name__),
+        verdict="refuted" if diagnosis else None,
+        symmetries=(either,) if h.swapped else (),
         diagnosis=diagnosis,
     )
 
 
-def _info(t: Tensor) -> Any:
-    from surgery.memory import info_of
-
-    return info_of(t)
-
-
-def _key(t: Tensor) -> int:
-    """Tied tensors share their first byte and their layout."""
-    return hash((t.data_ptr() if not t.is_meta else id(t), tuple(t.shape), t.stride(), t.dtype))
+def _ties(own: dict[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that have an earlier name: they share their first byte and their layout."""
+    first: dict[tuple[Any, ...], str] = {}
+    ties: dict[str, str] = {}
+    for name, t in own.items():
+        if t.numel():
+            key = (id(t) if t.is_meta else t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+            if first.setdefault(key, name) != name:
+                ties[name] = first[key]
+    return ties
 
 
 def _synthesised(expr: Expr) -> bool:
@@ -271,27 +255,34 @@ def _evidence(h: Hypothesis) -> dict[str, str]:
     return out
 
 
-def _unreached(
-    name: str, t: Tensor, shape: tuple[int, ...], dtype: str, rows: dict[str, Row], source: Checkpoint, h: Hypothesis
-) -> Row:
-    """A tensor that the run did not settle: from where its siblings come, or a constant, or new."""
-    from surgery.expr import Name
+def _unsettled(name: str, t: Tensor, rows: Mapping[str, Expr], source: Checkpoint, h: Hypothesis) -> Row:
+    """A tensor that the run did not settle: from where its neighbours come, or a constant, or new."""
+    from surgery.dtypes import name_of
+    from surgery.mapper.static import suggest
 
-    stem, _, leaf = name.rpartition(".")
-    for other, row in rows.items():
-        if other.rpartition(".")[0] == stem and isinstance(row.expr, Name):
-            theirs = row.expr.name.rpartition(".")[0]
-            cand = f"{theirs}.{leaf}" if theirs else leaf
-            reached = (vid := h.tape.params.get(name)) is not None and bool(h.tape.consumers[vid])
-            if cand in source and source[cand].shape == shape and not reached:
-                said = f"beside {other} in both; not reached by the run"
-                return Row(name, Status.FILLED, Name(cand), shape, dtype, evidence=said)
+    shape, dtype = tuple(t.shape), name_of(t.dtype)
+    vid = h.tape.params.get(name)
+    reached = vid is not None and bool(h.tape.consumers[vid])
+    if not reached and (found := _beside(name, shape, rows, source) or suggest(name, shape, rows, source)):
+        return Row(name, Status.FILLED, found[0], shape, dtype, evidence=found[1])
     if not t.is_floating_point():
         return Row(name, Status.CONSTANT, None, shape, dtype, note="an integer table of the target's own")
-    vid = h.tape.params.get(name)
-    if vid is None or not h.tape.consumers[vid]:
-        return Row(name, Status.NEW, None, shape, dtype, note="not reached by the part that was run")
-    return Row(name, Status.NEW, None, shape, dtype, note="nothing in the reference corresponds to it")
+    note = "nothing in the reference corresponds to it" if reached else "not reached by the part that was run"
+    return Row(name, Status.NEW, None, shape, dtype, note=note)
+
+
+def _beside(name: str, shape: tuple[int, ...], rows: Mapping[str, Expr], source: Checkpoint) -> tuple[Expr, str] | None:
+    """The source's tensor of this leaf name beside the one that a tensor of the same module comes from."""
+    from surgery.expr import Name
+
+    module, _, leaf = name.rpartition(".")
+    for other, expr in rows.items():
+        if other.rpartition(".")[0] == module and isinstance(expr, Name):
+            theirs = expr.name.rpartition(".")[0]
+            candidate = f"{theirs}.{leaf}" if theirs else leaf
+            if candidate in source and source[candidate].shape == shape:
+                return Name(candidate), f"beside {other} in both; not reached by the run"
+    return None
 
 
 def _why_dropped(name: str, h: Hypothesis, links: dict[str, Expr]) -> str:
