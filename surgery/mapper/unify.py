@@ -463,6 +463,16 @@ def _total(terms: list[Term], kind: str, shape: tuple[int, ...]) -> Tensor | Non
     return total
 
 
+def _masked(terms: list[Term], shape: tuple[int, ...]) -> Tensor | None:
+    """Elements to which a huge number is added (masked scores): whatever else stands there tells nothing."""
+    out: Tensor | None = None
+    for t in terms:
+        if t.kind == "known" and t.value is not None and bool((t.value.abs() >= HUGE).any()):
+            here = (t.value.abs() >= HUGE).expand(shape).reshape(-1)
+            out = here if out is None else out | here
+    return out
+
+
 def _by_known(
     target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]
 ) -> list[Match]:
@@ -471,7 +481,10 @@ def _by_known(
     if a is not None and b is not None and bool((a != 0).any()):
         ct = next((t.coef for t in target if t.kind == "known"), 1.0)
         cr = next((t.coef for t in source if t.kind == "known"), 1.0)
+        masked = _masked(target, shape_t)
         for e in align_values(a / ct, b / cr):
+            if masked is not None:
+                e = torch.where(masked, -1, e)
             m = _rest(e, target, source, ct, cr)
             if m is not None:
                 out.append(m)
