@@ -81,9 +81,10 @@ def build(
                 hint="Build the target on the CPU, or give this tensor values first.",
             )
         value = value.to(device)
+        written = not isinstance(t, nn.Parameter)  # by a forward pass: then the copy has one of its own
         if dtype is None:
-            return twin.lifted_tensor(value)
-        return value.to(dtype) if value.is_floating_point() else value
+            return twin.lifted_tensor(value, written=written)
+        return value.to(dtype if value.is_floating_point() else value.dtype, copy=written)
 
     try:
         return twin.clone(module, replace)

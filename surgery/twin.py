@@ -122,8 +122,10 @@ def clone(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
         return copy.deepcopy(module, memo).eval()
 
 
-def lifted_tensor(t: Tensor) -> Tensor:
-    """The stand-in of one tensor in a twin; float64, integer and boolean ones are shared, not copied."""
+def lifted_tensor(t: Tensor, *, written: bool) -> Tensor:
+    """The stand-in of one tensor in a twin. `written`: a forward pass may write into it (a buffer), so it is a copy."""
+    if written:
+        return t.detach().to(torch.float64 if t.dtype in LOW else t.dtype, copy=True)
     return Lifted(t.detach()) if t.dtype in LOW else t.detach()
 
 
@@ -134,7 +136,7 @@ def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Mo
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, v in values.items():
             put[id(own[name])] = v
-    return clone(module, lambda t: lifted_tensor(put.get(id(t), t)))
+    return clone(module, lambda t: lifted_tensor(put.get(id(t), t), written=not isinstance(t, nn.Parameter)))
 
 
 @contextlib.contextmanager

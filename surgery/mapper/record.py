@@ -390,7 +390,8 @@ def record(
     """
     rec = Recorder(keep, sizes)
     tape = rec.tape
-    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    own = dict(module.named_parameters(remove_duplicate=False)) | buffers
     state = module.state_dict(keep_vars=True)
     x = tree_map(twin.lift, x)
     with twin.math_only():
@@ -402,8 +403,11 @@ def record(
                 weight = t.is_floating_point() and (weights is None or name in weights)
                 v = Value(tuple(t.shape), twin.lift(t.dtype), "param" if weight else "const", name=name, weights=weight)
                 vid = rec.add(t, v)
-                # A weight is not copied; a constant is held as it is now.
-                v.tensor = t.stored if weight and isinstance(t, twin.Lifted) else twin.lift(t).detach()
+                # A parameter is not copied; a buffer is held as it is now, before the program writes into it.
+                if isinstance(t, twin.Lifted):
+                    v.tensor = t.stored if weight else twin.lift(t)
+                else:
+                    v.tensor = t.detach().clone() if name in buffers else t.detach()
             if tape.values[vid].origin == "param":
                 tape.params[name] = int(vid)
         for t in tree_iter(x):
