@@ -15,9 +15,9 @@ class Probe:
     """A runnable reference, and the inputs on which it and the target are compared.
 
     reference: nn.Module that holds the source's weights (checked by value before anything is claimed).
-    run_reference, run_target: (module, x) -> Tensor or a tuple of Tensors, comparable on both sides. run_target may be None:
-        then the target is called with x (a tensor, a tuple of arguments or a dict of keyword arguments) and the reference's
-        outputs are looked for among the target's activations (the proof surface).
+    run_reference, run_target: (module, x) -> Tensor or a tuple of Tensors, comparable on both sides. run_target may be
+        None: then the target is called with x (a tensor, a tuple of arguments or a dict of keyword arguments) and the
+        reference's outputs are looked for among the target's activations (the proof surface).
     inputs: a list of x (any pytree of tensors; the first searches, all others prove), or a callable seed -> x.
     outputs: names of the reference's outputs, for reports.
     labels: names of the inputs ("plain", "padded", ...), for reports.
@@ -35,7 +35,7 @@ class Probe:
         return self.inputs(0) if callable(self.inputs) else self.inputs[0]
 
     def proof_inputs(self) -> list[tuple[str, Any]]:
-        """(label, x) of the inputs that only the proof sees. A list of one is searched and proven on the same x, and says so."""
+        """(label, x) of the inputs that only the proof sees. A list of one is searched and proven on one x, and says so."""
         if callable(self.inputs):
             return [(f"seed {s}", self.inputs(s)) for s in (1, 2, 3)]
         xs = list(self.inputs)

@@ -14,8 +14,9 @@ from surgery.ops import did_you_mean
 from surgery.plan import Plan, Row, Status
 
 if TYPE_CHECKING:
-    from surgery.proof import Proof
     from torch import nn
+
+    from surgery.proof import Proof
 
 DROPPED = "dropped"
 _PRETRAINED = frozenset({Status.FILLED, Status.SYNTHESISED, Status.CONSTANT, Status.KEPT})

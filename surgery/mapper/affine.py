@@ -1,44 +1,41 @@
 """Values as sums of terms that are linear in the weights, element by element.
 
-Between two operations that are not linear in the weights, every program is a sum: a product of known rows with a weight
-matrix, a scale times a known value, a bias, a table row, and what is known already. `Affine.terms(value)` gives that sum
-with, for every element of the value, the number of the weight element that stands in it. Layout operators (views,
-transposes, splits, concatenations) only move these numbers, so that fused and split, transposed and stacked spellings of one
-function come to the same thing, and a mapping between two programs can be read off where their sums meet.
+Between two operations that are not linear in the weights, every program is a sum: a product of known rows with a
+weight matrix, a scale times a known value, a bias, a table row, and what is known already. `Affine.terms(value)` gives
+that sum with, for every element of the value, the number of the weight element that stands in it. Layout operators
+(views, transposes, splits, concatenations) only move these numbers, so that fused and split, transposed and stacked
+spellings of one function come to the same thing, and a mapping between two programs can be read off where sums meet.
 
-Weight elements are numbered from 1 through all tensors of a program; 0 is "no weight here". The numbers travel as float64
-(exact to 2**53), because every layout operator knows float64.
+Weight elements are numbered from 1 through all tensors of a program; 0 is "no weight here". The numbers travel as
+float64 (exact to 2**53), because every layout operator knows float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from surgery.mapper.record import Node, Ref, Tape, fingerprint, overlay
+from surgery.mapper.record import Node, Ref, Tape, overlay
+from surgery.mapper.terms import Site, Term, Virtual
 
 aten = torch.ops.aten
 
 LAYOUT = frozenset(
     {
-        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select", "slice",
-        "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "unbind", "chunk", "unsafe_chunk", "cat",
-        "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "flip", "roll", "repeat", "as_strided",
-        "index", "index_select", "unfold", "im2col", "diagonal", "reflection_pad1d", "reflection_pad2d",
-        "replication_pad1d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle", "gather", "copy", "slice_scatter",
-        "select_scatter", "movedim", "tril", "triu", "view_copy", "expand_copy",
+        "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand",
+        "unsqueeze", "squeeze", "select", "slice", "split", "unsafe_split", "split_with_sizes",
+        "unsafe_split_with_sizes", "unbind", "chunk", "unsafe_chunk", "cat", "clone", "_to_copy",
+        "detach", "alias", "lift_fresh", "contiguous", "flip", "roll", "repeat",
+        "as_strided", "index", "index_select", "unfold", "im2col", "diagonal", "reflection_pad1d",
+        "reflection_pad2d", "replication_pad1d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle", "gather",
+        "copy", "slice_scatter", "select_scatter", "movedim", "tril", "triu", "view_copy", "expand_copy",
     }
 )  # fmt: skip
-ELEMENTWISE = frozenset(
-    {"exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "pow", "sigmoid", "tanh", "softplus", "abs", "neg"}
-)
 
 
 def base(op: Any) -> str:
@@ -46,92 +43,6 @@ def base(op: Any) -> str:
     if op is overlay:
         return "overlay"
     return op if isinstance(op, str) else str(op._schema.name).split("::")[1]
-
-
-@dataclass
-class Site:
-    """A product of rows with a weight matrix (or a convolution with a kernel)."""
-
-    node: int
-    x: Tensor  # linear: rows [N, K]; convolution: its input
-    x_vid: int
-    w: Tensor  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
-    geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
-    pieces: list[Tensor] | None = None  # where x is a concatenation along the contracted axis: the columns of each part
-
-    _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-
-    @property
-    def conv(self) -> bool:
-        return bool(self.geometry)
-
-    def linear(self) -> tuple[Tensor, Tensor] | None:
-        """(rows [N, K], weight numbers [K, M]); a plain convolution as the product of its unfolded input."""
-        if not self.conv:
-            return self.x, self.w
-        if self._linear is None:
-            stride, padding, dilation, transposed, _, groups = self.geometry
-            dims = self.x.ndim - 2
-            if transposed or groups != 1 or dims not in (1, 2):
-                return None
-            x, kernel = self.x, list(self.w.shape[2:])
-            stride, padding, dilation = (
-                list(g) * dims if len(g) == 1 else list(g) for g in (stride, padding, dilation)
-            )
-            if dims == 1:
-                x, kernel = x.unsqueeze(2), [1, *kernel]
-                stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-            if math.prod(kernel) == 1 and not any(padding) and all(s == 1 for s in stride):
-                rows = x.flatten(2)
-            else:
-                size = x.numel() * math.prod(kernel)
-                if size > 1 << 26:
-                    return None
-                rows = F.unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
-            self._linear = (rows.transpose(1, 2).reshape(-1, rows.shape[1]), self.w.reshape(self.w.shape[0], -1).t())
-        return self._linear
-
-
-@dataclass
-class Term:
-    """One addend of a value. kind: known | product | scale | weight. The tensors have the value's shape."""
-
-    kind: str
-    coef: float
-    value: Tensor | None = None  # known, scale: the known factor
-    ids: Tensor | None = None  # scale, weight: weight elements, 0 where there is none
-    site: Site | None = None  # product
-    row: Tensor | None = None  # product: row of the site plus 1, 0 where the term is absent
-    col: Tensor | None = None
-    vid: int = -1  # known, scale: the value it came from
-
-    def tensors(self) -> list[str]:
-        return {"known": ["value"], "scale": ["value", "ids"], "weight": ["ids"], "product": ["row", "col"]}[self.kind]
-
-    def mapped(self, f: Callable[[Tensor], Tensor]) -> Term:
-        new = Term(self.kind, self.coef, self.value, self.ids, self.site, self.row, self.col, self.vid)
-        for name in self.tensors():
-            setattr(new, name, f(getattr(self, name)))
-        if (
-            self.kind in ("known", "scale")
-            and new.value is not None
-            and new.value.shape != (self.value.shape if self.value is not None else ())
-        ):
-            new.vid = self.vid
-        return new
-
-    def scaled(self, c: float) -> Term:
-        return Term(self.kind, self.coef * c, self.value, self.ids, self.site, self.row, self.col, self.vid)
-
-
-@dataclass
-class Virtual:
-    """Weights computed from weights (weight norm, exp of a logit scale): numbered like any others."""
-
-    vid: int
-    offset: int
-    size: int
-    how: str = ""  # "reciprocal" where a division by the value was met
 
 
 class NotAffine(Exception):
@@ -239,7 +150,7 @@ class Affine:
         return self.virtual[key]
 
     def holders(self, flat: Tensor) -> list[tuple[int, int, str, Tensor | slice]]:
-        """Which tensors hold these elements: (first number, size, name, where in `flat`). Virtual ones are not listed."""
+        """Which tensors hold these elements: (first number, size, name, where in `flat`); no virtual ones."""
         if not flat.numel():
             return []
         edges = torch.tensor([first for first, _, _ in self.names] + [self.real_end])
@@ -414,7 +325,7 @@ class Affine:
             for term in self.terms(node.args[0].vid, root=root):
                 n = self.tape.values[node.args[0].vid].shape[dim]
                 for i in range(n):
-                    part = term.mapped(lambda t, i=i: t.select(dim, i).unsqueeze(dim) if keep else t.select(dim, i))
+                    part = term.mapped(partial(_one, dim=dim, at=i, keep=keep))
                     main = getattr(part, part.tensors()[-1])
                     if main is None or bool((main != 0).any()):
                         out.append(part)
@@ -565,18 +476,8 @@ class Affine:
         return [torch.nonzero(first == i).flatten() for i in range(len(parts)) if bool((first == i).any())]
 
 
-def apart(terms: list[Term]) -> list[Term] | None:
-    """The same sum with every product of a concatenation as a sum of products; None where there is no such product."""
-    out: list[Term] = []
-    for t in terms:
-        if t.site is None or not t.site.pieces or len(t.site.pieces) < 2:
-            out.append(t)
-            continue
-        s = t.site
-        for g in s.pieces:
-            part = Site(s.node, s.x[:, g], s.x_vid, s.w[g])
-            out.append(Term("product", t.coef, site=part, row=t.row, col=t.col))
-    return out if len(out) > len(terms) else None
+def _one(t: Tensor, *, dim: int, at: int, keep: bool) -> Tensor:
+    return t.narrow(dim, at, 1) if keep else t.select(dim, at)
 
 
 def _turned(t: Tensor, left: bool) -> Tensor:
@@ -591,11 +492,3 @@ def _refs(x: Any) -> list[Ref]:
     out: list[Ref] = []
     tree_map(lambda r: out.append(r) if isinstance(r, Ref) else None, x)
     return out
-
-
-def informative(x: Tensor) -> bool:
-    """Rows that are zero say nothing of the weights that they meet."""
-    return bool((x != 0).any())
-
-
-__all__ = ["Affine", "NotAffine", "Site", "Term", "Virtual", "base", "fingerprint", "informative"]

@@ -9,22 +9,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, NotAffine, Term, base
+from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.record import Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
+from surgery.mapper.terms import Term
 from surgery.mapper.unify import Assignment, live
 
 aten = torch.ops.aten
 
 
 PARTS = frozenset(
-    "slice split unsafe_split split_with_sizes unsafe_split_with_sizes select unbind chunk unsafe_chunk index index_select".split()
+    {"slice", "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "chunk"}
+    | {"unsafe_chunk", "index", "index_select"}
 )  # layouts that keep some of the elements
 
 
 @dataclass
 class Bound:
-    """What is settled of one target tensor: for each element the source number (0 open, -1 zero), and further addends."""
+    """What is settled of a target tensor: for each element the source number (0 open, -1 zero), and further addends."""
 
     ids: Tensor
     more: list[Tensor] = field(default_factory=list)
@@ -210,7 +212,9 @@ class Hypothesis(Affine):
         """A product whose matrix is settled in some columns is known there."""
         out = []
         for t in super()._product(node, index, shape):
-            assert t.site is not None and t.row is not None and t.col is not None
+            assert t.site is not None
+            assert t.row is not None
+            assert t.col is not None
             if not live(t):  # zero times anything
                 out.append(Term("known", t.coef, value=torch.zeros(shape, dtype=torch.float64)))
                 continue
@@ -242,7 +246,7 @@ class Hypothesis(Affine):
         return out
 
     def weight_matrix(self, vid: int) -> Tensor:
-        """A product's matrix that is settled in part: its open elements only are asked for with the others (a tied table)."""
+        """The numbers of a matrix, also where it is settled in part (a tied table): what is settled must agree."""
         try:
             terms = super().terms(vid, root=False)
         except NotAffine:
@@ -309,7 +313,7 @@ class Hypothesis(Affine):
         return True
 
     def _solve(self, key: tuple[int, str], at: Tensor, sources: list[Tensor]) -> bool:
-        """A computed weight (weight norm, exp ...) must equal given source elements: settle what it is computed from."""
+        """A computed weight (weight norm, exp ...) must equal source elements: settle what it is computed from."""
         from surgery.mapper.invert import solve
 
         return solve(self, self.virtual[key], at, sources)

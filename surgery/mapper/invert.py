@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import NotAffine, Virtual, base
+from surgery.mapper.affine import NotAffine, base
 from surgery.mapper.record import Node, Ref
+from surgery.mapper.terms import Virtual
 from surgery.mapper.unify import Assignment
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
     numbers = sources[0].to(torch.int64)
     ref = h.reference
     ru = _holder(ref, numbers)
-    if ru is not None and ru.how == u.how and _alike(h, u, at, ru, numbers - ru.offset):
-        return True
+    if ru is not None and ru.how == u.how and _same_operator(h, u, ref, ru):
+        # Computed alike, the arguments must correspond; other constants (an eps) are another function, not a weight to bend.
+        return _alike(h, u, at, ru, numbers - ru.offset)
     return _inverted(h, u, at, numbers)
+
+
+def _same_operator(h: Hypothesis, u: Virtual, ref: Reference, ru: Virtual) -> bool:
+    a, b = _node(h, u.vid), _node(ref, ru.vid)
+    return a is not None and b is not None and base(a.op) == base(b.op)
 
 
 def _holder(ref: Reference, numbers: Tensor) -> Virtual | None:

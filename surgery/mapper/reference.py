@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, Term, Virtual
+from surgery.mapper.affine import Affine
 from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
+from surgery.mapper.terms import Term, Virtual
 
 
 def _norm_except(v: Tensor, dim: int) -> Tensor:
@@ -81,7 +82,7 @@ class Reference(Affine):
 
     def _pure(self) -> None:
         """Values that are sums of weights alone (embeddings, class tokens): what a product cannot lead to."""
-        pure = {v for v in self.tape.params.values()}
+        pure = set(self.tape.params.values())
         for node in self.tape.nodes:
             if self.kind(node) in ("layout", "sum"):
                 floats = [v for v in node.inputs if self.tape.values[v].dtype.is_floating_point]

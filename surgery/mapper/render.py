@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from surgery.expr import Expr, call
-from surgery.mapper.affine import NotAffine, Virtual, base
+from surgery.mapper.affine import NotAffine, base
 from surgery.mapper.hypothesis import Bound
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Derived, Reference
+from surgery.mapper.terms import Virtual
 
 MOST_PARTS = 64  # of a concatenation
 MOST_ROWS = 4096  # that a plan names one by one

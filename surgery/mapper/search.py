@@ -1,9 +1,10 @@
 """Fill a program with holes: walk the target's tape, and bind each weight where it is needed, from the reference's run.
 
-A hypothesis is a target program in which some weights are settled. Values that need no open weight are computed; a value
-that does is left as a sum (affine.py) until something non-linear consumes it, and then it is unified (unify.py) with values
-of the reference that read the same rows. More than one way: the hypothesis forks. Hypotheses walk in step, and one whose
-values no longer occur in the reference, while another's do, is set aside; it is taken up again only if all others fail.
+A hypothesis is a target program in which some weights are settled. Values that need no open weight are computed; a
+value that does is left as a sum (affine.py) until something non-linear consumes it, and then it is unified (unify.py)
+with values of the reference that read the same rows. More than one way: the hypothesis forks. Hypotheses walk in step,
+and one whose values no longer occur in the reference, while another's do, is set aside; it is taken up again only if
+all others fail.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import Affine, NotAffine, Term, apart, base
+from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
+from surgery.mapper.terms import Term, apart
 from surgery.mapper.unify import Assignment, Match, function, live, match_rows, match_sites, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
@@ -133,7 +135,7 @@ class Search:
         return out
 
     def _weights_meet(self, h: Hypothesis, node: Node) -> list[Hypothesis]:
-        """A product of weights with weights (a learned query): settled as the reference's products of that shape are."""
+        """A product of weights with weights (a learned query): settled as the reference's of that shape are."""
         if h.kind(node) != "virtual" or base(node.op) not in ("mm", "bmm"):
             return [h]
         args = [a.vid for a in node.args[:2]]
@@ -360,7 +362,7 @@ class Search:
         return found[:WIDTH]
 
     def _nearest(self, values: list[int], shape: tuple[int, ...]) -> list[list[int]]:
-        """Values of the reference in the order in which they are worth a try: ends of the same size, others of it, larger.
+        """Values of the reference in the order in which to try them: ends of the same size, others of it, larger.
 
         Of values that are one value moved or scaled, one is enough: that in the target's shape, else the last.
         """
@@ -472,7 +474,7 @@ class Search:
         return pairs
 
     def _places(self, h: Hypothesis, m: Match) -> list[tuple[str, str]]:
-        """What a match says of the block that it is in: where in a tensor of this name, from where in one of that name."""
+        """What a match says of its block: where in a tensor of this name, from where in one of that name."""
         out = []
         for a in m.assignments:
             if a.sources and a.target.numel():

@@ -1,9 +1,9 @@
 """Where two sums meet: which weights make a value of the target equal to a value of the reference.
 
-A target value and a reference value, each a sum of terms (see affine.py), are laid over each other: products by the rows
-that both see, scaled and known values by value, weights by the pattern in which they recur. What comes out is a list of
-assignments: numbers of target elements, and for each the number of the source element (or of several, to be added; or none,
-which means zero). Nothing here knows a name.
+A target value and a reference value, each a sum of terms (see affine.py), are laid over each other: products by the
+rows that both see, scaled and known values by value, weights by the pattern in which they recur. What comes out is a
+list of assignments: numbers of target elements, and for each the number of the source element (or of several, to be
+added; or none, which means zero). Nothing here knows a name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Site, Term, informative
 from surgery.mapper.record import HUGE, fingerprint, same
+from surgery.mapper.terms import Site, Term, informative
 
 CLOSE = 1e-9
 
@@ -45,7 +45,7 @@ class Match:
 
 
 def row_keys(x: Tensor) -> Tensor:
-    """Sums for each row that no permutation of its elements changes (normalised rows all have sum 0 and square sum K)."""
+    """Sums for each row that no permutation of its elements changes (normalised rows share sum and square sum)."""
     a = x.abs()
     return torch.stack([a.sum(1), (x * a).sum(1), (x * x * a).sum(1)], 1)
 
@@ -272,7 +272,8 @@ def live(t: Term) -> bool:
     """A product of rows that are not all zero."""
     if t.kind != "product":
         return False
-    assert t.site is not None and t.row is not None
+    assert t.site is not None
+    assert t.row is not None
     if t.site.conv:
         return informative(t.site.x)
     return informative(t.site.x[present_rows(t)])
@@ -280,10 +281,8 @@ def live(t: Term) -> bool:
 
 def present_rows(t: Term) -> Tensor:
     assert t.row is not None
-    if t.row.ndim and t.row.stride()[-1] == 0:  # broadcast along the columns
-        rows = t.row.select(-1, 0).reshape(-1).to(torch.int64)
-    else:
-        rows = _flat(t.row)
+    along = t.row.ndim > 0 and t.row.stride()[-1] == 0  # broadcast along the columns: one of them is enough
+    rows = _flat(t.row.select(-1, 0)) if along else _flat(t.row)
     seen = torch.zeros(int(rows.max()) + 1 if rows.numel() else 1, dtype=torch.bool)
     seen[rows] = True
     seen[0] = False
@@ -338,7 +337,8 @@ def _pairings(tp: list[Term], rp: list[Term]) -> Iterator[list[tuple[Term, Term,
             return
         for j in free:
             a, b = tp[i].site, rp[j].site
-            assert a is not None and b is not None
+            assert a is not None
+            assert b is not None
             rows = match_sites(a, b, present_rows(tp[i]))
             if rows is not None:
                 acc.append((tp[i], rp[j], rows))
@@ -389,7 +389,8 @@ def _by_products(
 
 def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assignment] | None:
     """The weight matrix of one product from the other's, column by column."""
-    assert t.site is not None and r.site is not None
+    assert t.site is not None
+    assert r.site is not None
     if t.site.conv and r.site.conv:
         wt, wr = t.site.w[ct], r.site.w[cr]
         if rows.columns is not None:
@@ -398,7 +399,8 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
             wr = wr[:, rows.columns]
     else:
         a, b = t.site.linear(), r.site.linear()
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         wt = a[1] if _all(ct, a[1].shape[1]) else a[1][:, ct]
         wr = b[1] if _all(cr, b[1].shape[1]) else b[1][:, cr]
         if rows.columns is not None:

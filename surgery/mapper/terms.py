@@ -1,0 +1,116 @@
+"""The addends of a value: what is known, a product with a weight matrix, a scale by weights, weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class Site:
+    """A product of rows with a weight matrix (or a convolution with a kernel)."""
+
+    node: int
+    x: Tensor  # linear: rows [N, K]; convolution: its input
+    x_vid: int
+    w: Tensor  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
+    geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
+    pieces: list[Tensor] | None = None  # where x is a concatenation along the contracted axis: the columns of each part
+
+    _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def conv(self) -> bool:
+        return bool(self.geometry)
+
+    def linear(self) -> tuple[Tensor, Tensor] | None:
+        """(rows [N, K], weight numbers [K, M]); a plain convolution as the product of its unfolded input."""
+        if not self.conv:
+            return self.x, self.w
+        if self._linear is None:
+            stride, padding, dilation, transposed, _, groups = self.geometry
+            dims = self.x.ndim - 2
+            if transposed or groups != 1 or dims not in (1, 2):
+                return None
+            x, kernel = self.x, list(self.w.shape[2:])
+            stride, padding, dilation = (
+                list(g) * dims if len(g) == 1 else list(g) for g in (stride, padding, dilation)
+            )
+            if dims == 1:
+                x, kernel = x.unsqueeze(2), [1, *kernel]
+                stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+            if math.prod(kernel) == 1 and not any(padding) and all(s == 1 for s in stride):
+                rows = x.flatten(2)
+            else:
+                size = x.numel() * math.prod(kernel)
+                if size > 1 << 26:
+                    return None
+                rows = F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+            self._linear = (rows.transpose(1, 2).reshape(-1, rows.shape[1]), self.w.reshape(self.w.shape[0], -1).t())
+        return self._linear
+
+
+@dataclass
+class Term:
+    """One addend of a value. kind: known | product | scale | weight. The tensors have the value's shape."""
+
+    kind: str
+    coef: float
+    value: Tensor | None = None  # known, scale: the known factor
+    ids: Tensor | None = None  # scale, weight: weight elements, 0 where there is none
+    site: Site | None = None  # product
+    row: Tensor | None = None  # product: row of the site plus 1, 0 where the term is absent
+    col: Tensor | None = None
+    vid: int = -1  # known, scale: the value it came from
+
+    def tensors(self) -> list[str]:
+        return {"known": ["value"], "scale": ["value", "ids"], "weight": ["ids"], "product": ["row", "col"]}[self.kind]
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> Term:
+        new = Term(self.kind, self.coef, self.value, self.ids, self.site, self.row, self.col, self.vid)
+        for name in self.tensors():
+            setattr(new, name, f(getattr(self, name)))
+        if (
+            self.kind in ("known", "scale")
+            and new.value is not None
+            and new.value.shape != (self.value.shape if self.value is not None else ())
+        ):
+            new.vid = self.vid
+        return new
+
+    def scaled(self, c: float) -> Term:
+        return Term(self.kind, self.coef * c, self.value, self.ids, self.site, self.row, self.col, self.vid)
+
+
+@dataclass
+class Virtual:
+    """Weights computed from weights (weight norm, exp of a logit scale): numbered like any others."""
+
+    vid: int
+    offset: int
+    size: int
+    how: str = ""  # "reciprocal" where a division by the value was met
+
+
+def apart(terms: list[Term]) -> list[Term] | None:
+    """The same sum with every product of a concatenation as a sum of products; None where there is no such product."""
+    out: list[Term] = []
+    for t in terms:
+        if t.site is None or not t.site.pieces or len(t.site.pieces) < 2:
+            out.append(t)
+            continue
+        s = t.site
+        for g in s.pieces or ():
+            part = Site(s.node, s.x[:, g], s.x_vid, s.w[g])
+            out.append(Term("product", t.coef, site=part, row=t.row, col=t.col))
+    return out if len(out) > len(terms) else None
+
+
+def informative(x: Tensor) -> bool:
+    """Rows that are zero say nothing of the weights that they meet."""
+    return bool((x != 0).any())
