@@ -35,7 +35,7 @@ class Probe:
         return self.inputs(0) if callable(self.inputs) else self.inputs[0]
 
     def proof_inputs(self) -> list[tuple[str, Any]]:
-        """(label, x) of the inputs that only the proof sees. A list of one is searched and proven on one x, and says so."""
+        """(label, x) of the inputs that only the proof sees. A list of one serves for both, and says so."""
         if callable(self.inputs):
             return [(f"seed {s}", self.inputs(s)) for s in (1, 2, 3)]
         xs = list(self.inputs)

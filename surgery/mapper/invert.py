@@ -39,7 +39,7 @@ def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
     ref = h.reference
     ru = _holder(ref, numbers)
     if ru is not None and ru.how == u.how and _same_operator(h, u, ref, ru):
-        # Computed alike, the arguments must correspond; other constants (an eps) are another function, not a weight to bend.
+        # Computed alike: the arguments must correspond. Another constant (an eps) is another function.
         return _alike(h, u, at, ru, numbers - ru.offset)
     return _inverted(h, u, at, numbers)
 
