@@ -258,7 +258,8 @@ class Affine:
         op = node.op
         if op in (aten.view.default, aten._unsafe_view.default):  # strides need not be the recorded run's
             op = aten.reshape.default
-        return op(*tree_map(put, node.args), **tree_map(put, node.kwargs))
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "saw"}  # what Python read there is no argument
+        return op(*tree_map(put, node.args), **tree_map(put, kwargs))
 
     def _layout(self, node: Node, out: int, root: bool) -> list[Term]:
         name = base(node.op)

@@ -484,7 +484,10 @@ def _by_known(
         ct = next((t.coef for t in target if t.kind == "known"), 1.0)
         cr = next((t.coef for t in source if t.kind == "known"), 1.0)
         masked = _masked(target, shape_t)
-        for e in align_values(a / ct, b / cr):
+        found = [(e, 1.0, 1.0) for e in align_values(a, b)]
+        if not found and (ct, cr) != (1.0, 1.0):
+            found = [(e, ct, cr) for e in align_values(a / ct, b / cr)]
+        for e, ct, cr in found:
             if masked is not None:
                 e = torch.where(masked, -1, e)
             m = _rest(e, target, source, ct, cr)
