@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Affine
-from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
+from surgery.mapper.record import FingerprintIndex, Node, Tape, fingerprint
 from surgery.mapper.terms import Term, Virtual
 
 
@@ -84,7 +84,9 @@ class Reference(Affine):
         """Values that are sums of weights alone (embeddings, class tokens): what a product cannot lead to."""
         pure = set(self.tape.params.values())
         for node in self.tape.nodes:
-            if self.kind(node) in ("layout", "sum"):
+            if self.kind(node) == "product" and self._of_zeros(node):  # the first step of a recurrence
+                pure.update(o for o in node.outs if o >= 0)
+            elif self.kind(node) in ("layout", "sum"):
                 floats = [v for v in node.inputs if self.tape.values[v].dtype.is_floating_point]
                 if floats and all(v in pure for v in floats):
                     pure.update(o for o in node.outs if o >= 0)
@@ -92,6 +94,10 @@ class Reference(Affine):
         for v in sorted(pure):
             if self.tape.values[v].origin == "node" and (self.is_end(v) or v in outputs or self._leaves(v, pure)):
                 self.pure.append(v)
+
+    def _of_zeros(self, node: Node) -> bool:
+        known = [self.tape.values[v].tensor for v in node.inputs if not self.weight_only(v)]
+        return bool(known) and all(t is not None and not bool((t != 0).any()) for t in known)
 
     def _leaves(self, vid: int, pure: set[int]) -> bool:
         return any(o not in pure for c in self.tape.consumers[vid] for o in self.tape.nodes[c].outs if o >= 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery import checkpoint
-from surgery import write as module
 from surgery.errors import CheckpointError, PlanError, SurgeryError
 from surgery.expr import parse
 from surgery.plan import Dropped, Plan, Row, Status
 from surgery.write import row_value, save, write
+
+module = importlib.import_module("surgery.write")  # `surgery.write` itself is the function
 
 SOURCE = {
     "h.q": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
