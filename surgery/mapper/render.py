@@ -239,10 +239,28 @@ def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
             if one is None
             else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
         )
-    plain = _plain_view(expr, shape, local)
-    if plain is None:
-        plain = _strided(expr, shape, local)
-    return plain if plain is not None else _rows_taken(expr, shape, local)
+    for read in (_plain_view, _strided, _flipped, _rows_taken):
+        made = read(expr, shape, local)
+        if made is not None:
+            return made
+    return None
+
+
+def _flipped(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """A view read backwards along some axes."""
+    origin = local.reshape(-1)[0]
+    back = [a for a, m in enumerate(local.shape) if m > 1 and local.select(a, 1).reshape(-1)[0] < origin]
+    if not back:
+        return None
+    forth = local.flip(back)
+    made = _plain_view(expr, shape, forth)
+    if made is None:
+        made = _strided(expr, shape, forth)
+    if made is None:
+        return None
+    for axis in back:
+        made = call("flip", made, axis=axis)
+    return made
 
 
 def _rows_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:

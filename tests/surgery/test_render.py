@@ -97,6 +97,11 @@ READS: dict[str, tuple[Tensor, str]] = {
     ),
     "all zero": (torch.full((3, 2), -1), "zeros(shape=(3, 2))"),
     "one row for all": (b.expand(3, 4), "repeat(reshape(b, shape=(1, 4)), times=(3, 1))"),
+    "columns in reverse": (w.flip(1), "flip(w, axis=1)"),
+    "a kernel turned round": (
+        kernel.flip(2, 3).transpose(0, 1),
+        "flip(flip(permute(kernel, dims=(1, 0, 2, 3)), axis=2), axis=3)",
+    ),
     "rows in an order of their own": (w[[4, 0, 2, 1, 5, 3]], "take(w, index=(4, 0, 2, 1, 5, 3), axis=0)"),
 }
 
@@ -154,6 +159,10 @@ def reshaped(draw: st.DrawFn, a: Tensor) -> Tensor:
     return a.unflatten(axis, (left, n // left)) if a.ndim < 4 else a
 
 
+def flipped(draw: st.DrawFn, a: Tensor) -> Tensor:
+    return a.flip(draw(st.integers(0, a.ndim - 1)))
+
+
 @st.composite
 def pieces(draw: st.DrawFn) -> Tensor:
     a = NUMBERS[draw(st.sampled_from([n for n in NUMBERS if n != "one"]))]
@@ -162,7 +171,13 @@ def pieces(draw: st.DrawFn) -> Tensor:
     return a
 
 
-@given(pieces())
+@st.composite
+def read_backwards(draw: st.DrawFn) -> Tensor:
+    """A view of one tensor, then backwards along some of its axes."""
+    return flipped(draw, flipped(draw, draw(pieces())))
+
+
+@given(st.one_of(pieces(), read_backwards()))
 @settings(max_examples=150, deadline=None)
 def test_any_view_of_one_tensor_is_rendered(ids: Tensor) -> None:
     rendered(ids)
