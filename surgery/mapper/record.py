@@ -167,6 +167,7 @@ class Recorder(TorchDispatchMode):
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.windows: Any = WeakIdKeyDictionary()  # what would be a view of a parameter, were it not lifted: a copy
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
@@ -232,8 +233,11 @@ class Recorder(TorchDispatchMode):
         outs = []
         name = str(op._schema.name).split("::")[1]
         random = any(name.lstrip("_").startswith(r) for r in RANDOM)
+        window = _is_view(op) and (isinstance(args[0], twin.Lifted) or args[0] in self.windows)
         for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
             if isinstance(t, Tensor):
+                if window:
+                    self.windows[t] = True
                 origin = "const" if random else "node"
                 if (known := self.ids.get(t)) is not None:  # an operator that returned its own argument
                     outs.append(int(known))
@@ -293,6 +297,8 @@ class Recorder(TorchDispatchMode):
             t.stored = new.clone()
             self.ids[t] = self.vid(new)
             return t
+        if t in self.windows and not torch.equal(new, t):
+            raise NotRecordable(f"{func} writes into a view of a parameter, which must not change while a model runs")
         alive = [a for w in self.storages.get(t.untyped_storage()._cdata, []) if (a := w()) is not None]
         aliases = [a for a in alive if a is not t and a in self.ids]
         at = _positions(t) if aliases else torch.zeros(0)
@@ -324,6 +330,10 @@ class Recorder(TorchDispatchMode):
 
 class NotRecordable(Exception):
     """The program does something that a tape cannot hold."""
+
+
+def _is_view(op: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
 
 
 def _functional(packet: Any, func: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery import twin
-from surgery.mapper.record import FingerprintIndex, Ref, Tape, fingerprint, record, same
+from surgery.mapper.record import FingerprintIndex, NotRecordable, Ref, Tape, fingerprint, record, same
 
 aten = torch.ops.aten
 
@@ -312,6 +312,46 @@ def test_writes_into_buffers_count() -> None:
     with torch.no_grad():
         want = module().double()(x.double())
     torch.testing.assert_close(twin.run(call, twin.twin(module()), x), want, rtol=1e-12, atol=1e-12)
+
+
+def _row_written(m: nn.Module, x: Tensor) -> Tensor:
+    m.a[0] = 0.0
+    return x * m.a
+
+
+def _data_clamped(m: nn.Module, x: Tensor) -> Tensor:
+    m.a.data.clamp_(max=-10.0)
+    return x * m.a
+
+
+def _view_of_a_view_written(m: nn.Module, x: Tensor) -> Tensor:
+    m.a.view(1, 5).t()[1:2].add_(1.0)
+    return x * m.a
+
+
+@pytest.mark.parametrize("f", [_row_written, _data_clamped, _view_of_a_view_written], ids=lambda f: f.__name__[1:])
+def test_a_write_into_a_view_of_a_parameter_is_refused(f: Callable[..., Any]) -> None:
+    """A twin has stand-ins for parameters: a write past them would be lost, and the proof be of another program."""
+    module = Does(f, a=rand(5))
+    with pytest.raises(NotRecordable, match="view of a parameter"):
+        tape_of(module, rand(4, 5))
+    assert torch.equal(module.a, rand(5))
+
+
+def test_a_write_that_changes_nothing_is_none() -> None:
+    module = Does(_row_written, a=torch.zeros(5))
+    assert tape_of(module, rand(4, 5)).outputs()
+
+
+def test_a_parameter_written_as_a_whole_is_the_new_value() -> None:
+    def clamped(m: nn.Module, x: Tensor) -> Tensor:
+        m.a.clamp_(max=0.2)
+        return x * m.a
+
+    module = Does(clamped, a=rand(5))
+    (got,) = outputs(tape_of(module, rand(4, 5)))
+    torch.testing.assert_close(got, rand(4, 5).double() * rand(5).double().clamp(max=0.2))
+    assert torch.equal(module.a, rand(5))
 
 
 def test_globals_are_restored_after_a_failure() -> None:
