@@ -22,6 +22,7 @@ class Site:
     geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
     pieces: list[Tensor] | None = None  # where x is a concatenation along the contracted axis: the columns of each part
 
+    keys: Tensor | None = field(default=None, repr=False)  # sums of its rows, where they were asked for
     _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
