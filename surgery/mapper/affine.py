@@ -13,6 +13,7 @@ float64 (exact to 2**53), because every layout operator knows float64.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ class NotAffine(Exception):
     """The value is not a sum of terms linear in the weights."""
 
 
-class Affine:
+class Affine(ABC):
     """Reads a tape as sums. `known(vid)` gives a value that needs no weights any more, or None."""
 
     def __init__(self, tape: Tape, *, cut: bool) -> None:
@@ -170,8 +171,9 @@ class Affine:
                 return first, name
         return 0, ""
 
+    @abstractmethod
     def known(self, vid: int) -> Tensor | None:
-        raise NotImplementedError  # pragma: no cover - given by the two programs in search.py
+        """The value in float64, or None where it still needs an open weight. Each of the two programs says it."""
 
     def atom(self, vid: int) -> list[Term]:
         return [Term("known", 1.0, value=self.known(vid), vid=vid)]

@@ -22,8 +22,9 @@ from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
+from surgery.mapper.rows import match_rows, match_sites
 from surgery.mapper.terms import Term, apart
-from surgery.mapper.unify import Assignment, Match, function, live, match_rows, match_sites, present_rows, unify
+from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed

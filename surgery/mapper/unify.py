@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from surgery.mapper.record import HUGE, fingerprint, same
-from surgery.mapper.terms import Site, Term, informative
-
-CLOSE = 1e-9
+from surgery.mapper.record import HUGE
+from surgery.mapper.rows import Rows, match_rows, match_sites
+from surgery.mapper.terms import Term, informative
 
 
 @dataclass
@@ -39,136 +38,6 @@ class Match:
     missing: int = 0
     zeros: int = 0
     swapped: bool = False  # addends of one sum that could as well change places
-
-
-# ------------------------------------------------------------------------------------------------------------ rows
-
-
-def row_keys(x: Tensor) -> Tensor:
-    """Sums for each row that no permutation of its elements changes (normalised rows share sum and square sum)."""
-    a = x.abs()
-    return torch.stack([a.sum(1), (x * a).sum(1), (x * x * a).sum(1)], 1)
-
-
-def _find_rows(a: Tensor, b: Tensor) -> Tensor | None:
-    """For each row of keys a, a row of keys b that equals it (-1: none); equal rows are met in order."""
-    if a.shape == b.shape and torch.allclose(a, b, rtol=CLOSE, atol=1e-12):
-        return torch.arange(len(a))
-    tol = CLOSE * b.abs().amax(0).clamp_min(1e-300)
-    order = torch.argsort(b[:, 0], stable=True)
-    keys = b[order, 0].contiguous()
-    lo = torch.searchsorted(keys, (a[:, 0] - tol[0]).contiguous())
-    hi = torch.searchsorted(keys, (a[:, 0] + tol[0]).contiguous(), right=True)
-    out = torch.full((len(a),), -1, dtype=torch.int64)
-    taken: dict[int, int] = {}
-    for i in range(len(a)):
-        if hi[i] - lo[i] > 4096:
-            return None
-        hits = order[lo[i] : hi[i]]
-        hits = hits[((b[hits] - a[i]).abs() <= 10 * tol).all(1)]
-        if len(hits):
-            key = int(hits[0])
-            turn = taken.get(key, 0)
-            taken[key] = turn + 1
-            out[i] = hits[min(turn, len(hits) - 1)]
-    return out
-
-
-@dataclass
-class Rows:
-    """How the rows (and the columns) of one input correspond to another's."""
-
-    rows: Tensor  # for each target row, the reference's, or -1
-    columns: Tensor | None  # for each target column, the reference's; None: the same
-
-
-def _apart(a: Tensor, b: Tensor) -> bool:
-    """No row of keys b equals the first of a, and no row of a the first of b: nearly all pairs of inputs end here."""
-    tol = 10 * CLOSE * b.abs().amax(0).clamp_min(1e-300)
-    return not bool(((b - a[:1]).abs() <= tol).all(1).any()) and not bool(((a - b[:1]).abs() <= tol).all(1).any())
-
-
-def match_rows(
-    x: Tensor, present: Tensor, y: Tensor, part: bool = True, keys: tuple[Tensor, Tensor] | None = None
-) -> Rows | None:
-    """x [N, K] (only the rows `present` count) against y [N', K]: rows of x found among the rows of y."""
-    if x.shape[1] != y.shape[1]:
-        return None
-    probe = present[torch.linspace(0, len(present) - 1, min(4, len(present))).long()]
-    kx, ky = keys if keys is not None else (row_keys(x), row_keys(y))
-    if not len(present) or not len(y) or _apart(kx[present], ky):
-        return None
-    if len(present) == len(x) and x.shape == y.shape and torch.allclose(kx, ky, rtol=CLOSE, atol=1e-12):
-        found = torch.arange(len(x))
-    else:
-        quick = _find_rows(kx[probe], ky)
-        if quick is None:
-            return None
-        found = torch.full((len(x),), -1, dtype=torch.int64)
-        if bool((quick < 0).any()):
-            if not part:
-                return None
-            back = _find_rows(ky, kx[present])  # the reference may need some of these rows only
-            if back is None or bool((back < 0).any()):
-                return None
-            found[present[back]] = torch.arange(len(y))
-            probe = present[back[torch.linspace(0, len(y) - 1, min(4, len(y))).long()]]
-        else:
-            got = _find_rows(kx[present], ky)
-            if got is None or bool((got < 0).any()):
-                return None
-            found[present] = got
-    a, b = x[probe], y[found[probe]]
-    scale = b.abs().max().clamp_min(1e-300)
-    if bool(((a - b).abs() <= 1e-8 * scale).all()):
-        return Rows(found, None)
-    at = torch.nonzero(found >= 0).flatten()[:4096]
-    g = torch.Generator().manual_seed(17)
-    mix = torch.rand(len(at), generator=g, dtype=torch.float64) + 0.5  # a column in one number: ties are equal columns
-    ca, cb = mix @ x[at], mix @ y[found[at]]
-    oa, ob = torch.argsort(ca), torch.argsort(cb)
-    if not bool(((ca[oa] - cb[ob]).abs() <= 1e-8 * cb.abs().max().clamp_min(1e-300)).all()):
-        return None
-    if not bool(((a[:, oa] - b[:, ob]).abs() <= 1e-8 * scale).all()):
-        return None
-    columns = torch.empty(x.shape[1], dtype=torch.int64)
-    columns[oa] = ob
-    return Rows(found, columns)
-
-
-def _channels(a: Tensor, b: Tensor) -> Tensor | None:
-    """For each channel of a, the channel of b that holds the same values, where they are not in the same order."""
-    ka, kb = row_keys(a.transpose(0, 1).flatten(1)), row_keys(b.transpose(0, 1).flatten(1))
-    if ka.shape != kb.shape or torch.allclose(ka, kb, rtol=CLOSE, atol=1e-12):
-        return None
-    return _find_rows(ka, kb)
-
-
-def _keys(s: Site) -> Tensor:
-    """The keys of a site's rows, reckoned once."""
-    if s.keys is None:
-        rows = s.linear()
-        assert rows is not None
-        s.keys = row_keys(rows[0])
-    return s.keys
-
-
-def match_sites(t: Site, r: Site, present: Tensor) -> Rows | None:
-    """Do two products read the same rows? Two convolutions are compared by input and geometry."""
-    if t.conv and r.conv:
-        if t.w.shape[1:] != r.w.shape[1:] or t.geometry[0] != r.geometry[0] or t.geometry[2:4] != r.geometry[2:4]:
-            return None
-        if t.geometry[5] != r.geometry[5]:
-            return None
-        fa, fb = fingerprint(t.x), fingerprint(r.x)
-        if fa is None or fb is None or not same(fa, fb):
-            return None
-        channels = _channels(t.x, r.x) if t.geometry[5] == 1 else None
-        return Rows(torch.arange(int(present.max()) + 1), channels)
-    a, b = t.linear(), r.linear()
-    if a is None or b is None:
-        return None
-    return match_rows(a[0], present, b[0], keys=(_keys(t), _keys(r)))
 
 
 # -------------------------------------------------------------------------------------------------------- alignment

@@ -16,7 +16,8 @@ from surgery import twin
 from surgery.mapper.hypothesis import Hypothesis
 from surgery.mapper.record import record
 from surgery.mapper.reference import Reference
-from surgery.mapper.unify import Match, align_values, function, match_rows, unify
+from surgery.mapper.rows import match_rows
+from surgery.mapper.unify import Match, align_values, function, unify
 
 HEADS, WIDTH = 2, 6
 
