@@ -74,7 +74,10 @@ def _alike(h: Hypothesis, u: Virtual, at: Tensor, ru: Virtual, pos: Tensor) -> b
     shape_t, shape_r = h.tape.values[u.vid].shape, ref.tape.values[ru.vid].shape
     elementwise = base(nt.op) not in ("mm", "bmm", "convolution", "matmul")
     pairs = []
-    for a, b in zip(_weights(h, nt), _weights(ref, nr), strict=False):
+    mine, theirs = _weights(h, nt), _weights(ref, nr)
+    if len(mine) != len(theirs):
+        return False
+    for a, b in zip(mine, theirs, strict=True):
         wa, wb = _ids(h, a), _ids(ref, b)
         if wa is None or wb is None:
             return False
