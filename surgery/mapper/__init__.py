@@ -194,7 +194,7 @@ def _plan(
             rows[name] = Row(name, Status.KEPT, None, shape, dtype, note="filled by an earlier graft")
         elif (bound := h.bound.get(label)) is not None:
             try:
-                expr = renderer.bound(complete(bound, shape, h.reference), shape)
+                expr = renderer.bound(complete(bound, h.reference))
             except Unrenderable as e:
                 unrendered.append(f"{name}: {e}")
                 rows[name] = Row(name, Status.NEW, None, shape, dtype, note=f"open: {e}")

@@ -12,6 +12,7 @@ float64 (exact to 2**53), because every layout operator knows float64.
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import ABC, abstractmethod
 from functools import partial
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from surgery import twin
+from surgery.mapper.grid import Grid
 from surgery.mapper.record import Node, Ref, Tape, overlay
 from surgery.mapper.terms import Site, Term, Virtual
 
@@ -35,6 +38,15 @@ LAYOUT = frozenset(
         "as_strided", "index", "index_select", "unfold", "im2col", "diagonal", "reflection_pad1d",
         "reflection_pad2d", "replication_pad1d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle", "gather",
         "copy", "slice_scatter", "select_scatter", "movedim", "tril", "triu", "view_copy", "expand_copy",
+    }
+)  # fmt: skip
+
+
+# Those of them that only view their argument.
+VIEWS = frozenset(
+    {
+        "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "split_with_sizes",
+        "unbind", "chunk", "movedim", "diagonal", "unfold",
     }
 )  # fmt: skip
 
@@ -64,9 +76,11 @@ class Affine(ABC):
             self.offset[vid] = n
             self.names.append((n, size, tape.values[vid].name))
             n += size
+        self.firsts = [first for first, _, _ in self.names]
         self.real_end = n
         self.next = n
         self.virtual: dict[tuple[int, str], Virtual] = {}
+        self.grids: dict[int, Grid | None] = {}
         self.memo: dict[int, list[Term]] = {}
         self.ends: dict[int, bool] = {}
 
@@ -137,10 +151,59 @@ class Affine(ABC):
         return "barrier"
 
     # -- terms --------------------------------------------------------------------------------------------------------
-    def weight_numbers(self, vid: int) -> Tensor:
+    def grid(self, vid: int) -> Grid | None:
+        """The numbers of a value that is weights moved about, or computed weights; None for any other."""
+        if vid not in self.grids:
+            self.grids[vid] = self._grid(vid)
+        return self.grids[vid]
+
+    def _grid(self, vid: int) -> Grid | None:
         v = self.tape.values[vid]
-        n = math.prod(v.shape)
-        return torch.arange(self.offset[vid], self.offset[vid] + n, dtype=torch.float64).reshape(v.shape)
+        if v.origin == "param":
+            return Grid.whole(self.offset[vid], v.shape)
+        if v.origin != "node" or not self.weight_only(vid):
+            return None
+        node = self.tape.nodes[v.node]
+        kind = self.kind(node)
+        if kind == "virtual":
+            return Grid.whole(self.virtual_of(vid).offset, v.shape)
+        return self._moved_grid(node, v.out) if kind == "layout" else None
+
+    def _moved_grid(self, node: Node, out: int) -> Grid | None:
+        name = base(node.op)
+        if name == "cat":
+            parts = [self.grid(r.vid) for r in node.args[0]]
+            if any(p is None for p in parts):
+                return None
+            axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            return Grid.cat([p for p in parts if p is not None], axis)
+        moved = node.args[1] if name == "copy" else node.args[0] if node.args else None
+        floats = [i for i in node.inputs if self.tape.values[i].dtype.is_floating_point]
+        if not isinstance(moved, Ref) or floats != [moved.vid]:
+            return None
+        g = self.grid(moved.vid)
+        if g is None:
+            return None
+        if name in ("clone", "_to_copy", "copy", "detach", "alias", "lift_fresh", "contiguous"):
+            return g if g.shape == self.tape.values[node.outs[out]].shape else None
+        if name in ("view", "_unsafe_view", "reshape", "view_copy"):
+            return g.reshape(*self.tape.values[node.outs[out]].shape)
+        if name in VIEWS and not node.kwargs:
+
+            def view(t: Tensor) -> Tensor:
+                y = node.op(t, *node.args[1:])
+                return y[out] if isinstance(y, (tuple, list)) else y
+
+            return g.viewed(view)
+        if name == "flip":
+            for axis in node.args[1]:
+                g = g.take(axis, torch.arange(g.shape[axis] - 1, -1, -1))
+            return g
+        try:
+            y = self.run(node, {moved.vid: g.dense().to(torch.float64)})
+        except NotAffine:
+            return None
+        return Grid.of(y[out] if isinstance(y, (tuple, list)) else y)
 
     def virtual_of(self, vid: int, how: str = "") -> Virtual:
         key = (vid, how)
@@ -154,7 +217,7 @@ class Affine(ABC):
         """Which tensors hold these elements: (first number, size, name, where in `flat`); no virtual ones."""
         if not flat.numel():
             return []
-        edges = torch.tensor([first for first, _, _ in self.names] + [self.real_end])
+        edges = torch.tensor([*self.firsts, self.real_end])
         who = torch.bucketize(flat, edges, right=True)
         counts = torch.bincount(who, minlength=len(edges) + 1)
         out: list[tuple[int, int, str, Tensor | slice]] = []
@@ -164,12 +227,21 @@ class Affine(ABC):
                 out.append((first, size, name, slice(None) if int(counts[k]) == len(flat) else who == k))
         return out
 
+    def holder(self, number: int) -> tuple[int, int, str] | None:
+        """(first number, size, name) of the tensor that holds an element; None for a virtual one."""
+        k = bisect.bisect_right(self.firsts, number) - 1
+        if 0 <= k and 0 < number < self.real_end:
+            return self.names[k]
+        return None
+
     def owner(self, number: int) -> tuple[int, str]:
-        """(offset, name) of the tensor that holds an element; name is "" for a virtual one."""
-        for first, size, name in self.names:
-            if first <= number < first + size:
-                return first, name
-        return 0, ""
+        """(first number, name) of the tensor that holds an element; name is "" for a virtual one."""
+        found = self.holder(number)
+        return (found[0], found[2]) if found is not None else (0, "")
+
+    def spans(self) -> list[int]:
+        """Where numbered tensors begin, virtual ones too."""
+        return [*self.firsts, self.real_end, *(u.offset for u in self.virtual.values())]
 
     @abstractmethod
     def known(self, vid: int) -> Tensor | None:
@@ -184,19 +256,23 @@ class Affine(ABC):
             return self.memo[vid]
         v = self.tape.values[vid]
         if v.origin == "param":
-            out = self.param_terms(vid)
+            out = self._weight_terms(vid)
         elif v.origin != "node" or not v.weights or (self.cut and not root and v.data and self.is_end(vid)):
             out = self._need(vid)
         elif not self.cut and (k := self.known(vid)) is not None:
             out = [Term("known", 1.0, value=k, vid=vid)]
+        elif self.weight_only(vid) and self.grid(vid) is not None:
+            out = self._weight_terms(vid)
         else:
             out = self._node_terms(vid, root)
         if root:
             self.memo[vid] = out
         return out
 
-    def param_terms(self, vid: int) -> list[Term]:
-        return [Term("weight", 1.0, ids=self.weight_numbers(vid))]
+    def _weight_terms(self, vid: int) -> list[Term]:
+        g = self.grid(vid)
+        assert g is not None
+        return [Term("weight", 1.0, ids=g.dense().to(torch.float64))]
 
     def _need(self, vid: int) -> list[Term]:
         if self.known(vid) is None:
@@ -238,14 +314,12 @@ class Affine(ABC):
             return self._product(node, v.node, v.shape)
         if kind == "scale":
             return self._scale(node, v.shape)
-        if kind == "virtual":
-            u = self.virtual_of(vid)
-            numbers = torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(v.shape)
-            return [Term("weight", 1.0, ids=numbers)]
         return self._need(vid)
 
     def run(self, node: Node, feed: dict[int, Tensor]) -> Any:
         """The node's operator on other tensors; values that are not fed are the known ones."""
+
+        moves = self.kind(node) == "layout"  # then weights stay in the type that they are stored in
 
         def put(x: Any) -> Any:
             if isinstance(x, Ref):
@@ -254,7 +328,7 @@ class Affine(ABC):
                 k = self.known(x.vid)
                 if k is None:
                     raise NotAffine(x.vid)
-                return k
+                return k if moves else twin.lift(k)
             return x
 
         op = node.op
@@ -299,25 +373,25 @@ class Affine(ABC):
 
     def _looked_up(self, node: Node) -> list[Term] | None:
         """Rows of a table: their numbers, without numbering the whole table."""
-        if base(node.op) != "index" or self.tape.values[node.args[0].vid].origin != "param":
+        if base(node.op) != "index":
             return None
-        where = node.args[1]
-        if len(where) != 1 or not isinstance(where[0], Ref):
+        table, where = node.args[0].vid, node.args[1]
+        if len(where) != 1 or not isinstance(where[0], Ref) or not self.weight_only(table):
             return None
-        ids = self.known(where[0].vid)
-        if ids is None or ids.dtype == torch.bool:
+        ids, g = self.known(where[0].vid), self.grid(table)
+        if ids is None or ids.dtype == torch.bool or g is None:
             return None
-        return self.row_terms(node.args[0].vid, ids.to(torch.int64))
+        return self.row_terms(table, ids.to(torch.int64))
 
     def row_terms(self, vid: int, rows: Tensor) -> list[Term]:
-        """The terms of these rows of a weight."""
+        """The terms of these rows of a table of weights."""
         return [Term("weight", 1.0, ids=self.row_numbers(vid, rows).to(torch.float64))]
 
     def row_numbers(self, vid: int, rows: Tensor) -> Tensor:
-        n, *rest = self.tape.values[vid].shape
-        size = math.prod(rest)
-        rows = torch.where(rows < 0, rows + n, rows)
-        return (self.offset[vid] + rows.unsqueeze(-1) * size + torch.arange(size)).reshape(*rows.shape, *rest)
+        g = self.grid(vid)
+        assert g is not None
+        rows = torch.where(rows < 0, rows + g.shape[0], rows)
+        return g.take(0, rows.reshape(-1)).dense().reshape(*rows.shape, *g.shape[1:])
 
     def _sum(self, node: Node, shape: tuple[int, ...], root: bool) -> list[Term]:
         name = base(node.op)
@@ -366,8 +440,8 @@ class Affine(ABC):
             raise NotAffine(x)
         if how:
             u = self.virtual_of(w, how)
-            numbers = torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(self.tape.values[w].shape)
-            wt = [Term("weight", 1.0, ids=numbers)]
+            numbers = Grid.whole(u.offset, self.tape.values[w].shape).dense()
+            wt = [Term("weight", 1.0, ids=numbers.to(torch.float64))]
         else:
             wt = self.terms(w, root=False)
         out = []
@@ -382,23 +456,12 @@ class Affine(ABC):
                 raise NotAffine(w)
         return out
 
-    def weight_matrix(self, vid: int) -> Tensor:
+    def weight_matrix(self, vid: int) -> Grid:
         """The numbers of a value that is made of weights only, one weight an element."""
-        terms = self.terms(vid, root=False)
-        if len(terms) == 1 and terms[0].kind == "weight" and terms[0].coef == 1.0:
-            assert terms[0].ids is not None
-            return terms[0].ids
-        if all(t.kind == "weight" and t.coef == 1.0 for t in terms):  # a concatenation of weights: they do not overlap
-            total = torch.zeros(self.tape.values[vid].shape, dtype=torch.float64)
-            count = torch.zeros_like(total)
-            for t in terms:
-                assert t.ids is not None
-                total = total + t.ids
-                count = count + (t.ids != 0)
-            if not bool((count > 1).any()):
-                return total
-        u = self.virtual_of(vid)
-        return torch.arange(u.offset, u.offset + u.size, dtype=torch.float64).reshape(self.tape.values[vid].shape)
+        found = self.grid(vid)
+        if found is None:  # a sum of weights, or with holes: computed weights
+            found = Grid.whole(self.virtual_of(vid).offset, self.tape.values[vid].shape)
+        return found
 
     def _product(self, node: Node, index: int, shape: tuple[int, ...]) -> list[Term]:
         name = base(node.op)
@@ -419,29 +482,30 @@ class Affine(ABC):
         if x is None:
             raise NotAffine(xv)
         if left:
-            x, w = x.transpose(-1, -2), w.transpose(-1, -2)
+            x, w = x.transpose(-1, -2), w.transpose(-2, -1)
         if name == "mm":
             x, w = x.unsqueeze(0), w.unsqueeze(0)
         nb, n, k = x.shape
         m = w.shape[2]
         out: list[Term] = []
-        if nb > 1 and bool((w == w[:1]).all()):  # one matrix for the whole batch
-            x, w, nb, n = x.reshape(1, nb * n, k), w[:1], 1, nb * n
+        if nb > 1 and all(p.shape[0] == 1 for p in w.parts):  # one matrix for the whole batch
+            x, w, nb, n = x.reshape(1, nb * n, k), w.narrow(0, 0, 1), 1, nb * n
         elif nb > 1 and bool((x == x[:1]).all()):  # one input for all matrices: their columns side by side
-            w = w.permute(1, 0, 2).reshape(1, k, nb * m)
+            w = w.permute((1, 0, 2)).reshape(k, nb * m)
             row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(nb, n, m)
             col = torch.arange(1, nb * m + 1, dtype=torch.float64).reshape(nb, 1, m).expand(nb, n, m)
-            return self._site_terms(index, x[0], xv, w[0], _turned(row, left), _turned(col, left), shape)
+            return self._site_terms(index, x[0], xv, w, _turned(row, left), _turned(col, left), shape)
         for i in range(nb):
             row = torch.zeros(nb, n, m, dtype=torch.float64)
             col = torch.zeros(nb, n, m, dtype=torch.float64)
             row[i] = torch.arange(1, n + 1, dtype=torch.float64).reshape(n, 1)
             col[i] = torch.arange(1, m + 1, dtype=torch.float64).reshape(1, m)
-            out += self._site_terms(index, x[i], xv, w[i], _turned(row, left), _turned(col, left), shape)
+            matrix = w.narrow(0, i, 1).reshape(k, m)
+            out += self._site_terms(index, x[i], xv, matrix, _turned(row, left), _turned(col, left), shape)
         return out
 
     def _site_terms(
-        self, index: int, x: Tensor, xv: int, w: Tensor, row: Tensor, col: Tensor, shape: tuple[int, ...]
+        self, index: int, x: Tensor, xv: int, w: Grid, row: Tensor, col: Tensor, shape: tuple[int, ...]
     ) -> list[Term]:
         row, col = row.reshape(shape), col.reshape(shape)
         site = Site(index, x, xv, w, pieces=self._pieces(xv, x))

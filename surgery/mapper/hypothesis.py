@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from functools import cached_property
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine, base
-from surgery.mapper.record import Node, Tape, fingerprint
+from surgery.mapper.bound import Bound, Piece
+from surgery.mapper.grid import Grid, axes, cut
+from surgery.mapper.record import PERMUTING, Fingerprint, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
-from surgery.mapper.terms import Term
-from surgery.mapper.unify import Assignment, live
+from surgery.mapper.terms import Site, Term
+from surgery.mapper.unify import Assignment, function, live
 
 aten = torch.ops.aten
 
@@ -25,18 +28,6 @@ PARTS = frozenset(
 
 
 @dataclass
-class Bound:
-    """What is settled of a target tensor: for each element the source number (0 open, -1 zero), and further addends."""
-
-    ids: Tensor
-    more: list[Tensor] = field(default_factory=list)
-
-    @cached_property
-    def full(self) -> bool:
-        return bool((self.ids != 0).all())
-
-
-@dataclass
 class Choice:
     """A decision, for the person who asks why."""
 
@@ -44,6 +35,12 @@ class Choice:
     sources: tuple[str, ...]
     of: int  # how many ways there were
     module: str
+
+
+FORKED = (
+    "env", "bound", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints", "tables",
+)  # fmt: skip
+HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
 
 
 class Hypothesis(Affine):
@@ -67,6 +64,8 @@ class Hypothesis(Affine):
         self.choices: list[Choice] = []
         self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
         self.supported = False
+        self.prints: dict[int, Fingerprint | None] = {}  # of the values that were looked at
+        self.tables: dict[tuple[object, ...], Tensor] = {}  # products with settled columns, by node and piece
         self.last: list[bool | None] = []
         self.where: dict[int, int] = {}  # target value -> reference value that it was found equal to
         self.stuck = ""  # the first module for whose weights nothing in the reference fits
@@ -80,7 +79,7 @@ class Hypothesis(Affine):
 
     def fork(self) -> Hypothesis:
         new = copy.copy(self)
-        for name in ("env", "bound", "constant", "template", "where", "virtual", "unknown", "hopeless"):
+        for name in FORKED:
             setattr(new, name, dict(getattr(self, name)))
         new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
         return new
@@ -98,16 +97,12 @@ class Hypothesis(Affine):
             return None
         v = self.tape.values[vid]
         if v.origin == "param":
-            value = self.value_of(v.name, v.shape)
-            if value is not None:
-                self.env[vid] = value
-            return value
+            return self.value_of(v.name)
         if v.origin != "node" or self.unknown.get(vid) == self.version:
             return None
         node = self.tape.nodes[v.node]
-        if all(self.known(i) is not None for i in node.inputs):
-            self.compute(node)
-            return self.env.get(vid)
+        if all(self.has(i) for i in node.inputs):
+            return self.compute(node)[v.out]
         if self._hopeless(vid):
             self.unknown[vid] = self.version
             return None
@@ -116,6 +111,9 @@ class Hypothesis(Affine):
             return value
         self.unknown[vid] = self.version
         return None
+
+    def has(self, vid: int) -> bool:
+        return self.ready(vid) or self.known(vid) is not None
 
     def ready(self, vid: int) -> bool:
         """Is it known, or made of settled weights only? Asked at every step, so it computes nothing."""
@@ -167,19 +165,12 @@ class Hypothesis(Affine):
             total = total + t.coef * t.value  # type: ignore[operator]
         return total
 
-    def value_of(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    def value_of(self, name: str) -> Tensor | None:
+        """A tensor of the target as it is settled, in the type that it is stored in."""
         if name in self.constant:
             return self.constant[name]
         b = self.bound.get(name)
-        if b is None or not b.full:
-            return None
-        return self._gather(b).reshape(shape)
-
-    def _gather(self, b: Bound) -> Tensor:
-        out = self.reference.values_of(b.ids.clamp_min(0).to(torch.int64))
-        for extra in b.more:
-            out = out + self.reference.values_of(extra.to(torch.int64))
-        return out
+        return b.value(self.reference.fetch) if b is not None and b.full else None
 
     def _told(self, t: Term) -> Term:
         """A term whose weights are all settled is known. One that meets settled and open ones stays: they are settled
@@ -202,10 +193,12 @@ class Hypothesis(Affine):
             b = self.bound.get(name)
             if b is None:
                 continue
-            at = flat[where] - first
-            part = Bound(b.ids[at], [m[at] for m in b.more])
-            value[where] = self._gather(part)
-            done[where] = part.ids != 0
+            ids, more = b.lookup(flat[where] - first)
+            total = self.reference.values_of(ids.clamp_min(0))
+            for extra in more:
+                total = total + self.reference.values_of(extra)
+            value[where] = total
+            done[where] = ids != 0
         return value.reshape(numbers.shape), done.reshape(numbers.shape)
 
     def _product(self, node: Node, index: int, shape: tuple[int, ...]) -> list[Term]:
@@ -218,55 +211,88 @@ class Hypothesis(Affine):
             if not live(t):  # zero times anything
                 out.append(Term("known", t.coef, value=torch.zeros(shape, dtype=torch.float64)))
                 continue
-            value, done = self._settled(t.site.w)
-            column = done.flatten(1).all(1) if t.site.conv else done.all(0)
-            if not bool(column.any()):
+            if t.site.conv:
+                column, y = self._settled_kernel(t.site)
+            else:
+                column, y = self._settled_columns(t.site, t.row, t.col)
+            if y is None:
                 out.append(t)
                 continue
             settled = torch.cat([torch.zeros(1, dtype=torch.bool), column])[t.col.to(torch.int64)]
-            if t.site.conv:
-                y = aten.convolution.default(
-                    t.site.x, value, None, *(list(g) if isinstance(g, tuple) else g for g in t.site.geometry)
-                )
-            else:
-                table = t.site.x @ torch.where(column, value, 0.0)
-                y = table[(t.row.to(torch.int64) - 1).clamp_min(0), (t.col.to(torch.int64) - 1).clamp_min(0)]
             here = settled & (t.row > 0)
             out.append(Term("known", t.coef, value=torch.where(here, y, 0.0)))
             if not bool(column.all()):
-                out.append(
-                    Term(
-                        "product",
-                        t.coef,
-                        site=t.site,
-                        row=torch.where(settled, 0.0, t.row),
-                        col=torch.where(settled, 0.0, t.col),
-                    )
-                )
+                row, col = torch.where(settled, 0.0, t.row), torch.where(settled, 0.0, t.col)
+                out.append(Term("product", t.coef, site=t.site, row=row, col=col))
         return out
 
-    def weight_matrix(self, vid: int) -> Tensor:
-        """The numbers of a matrix, also where it is settled in part (a tied table): what is settled must agree."""
-        try:
-            terms = super().terms(vid, root=False)
-        except NotAffine:
-            return super().weight_matrix(vid)
-        if any(t.kind == "known" for t in terms):
-            saved = self.bound
-            self.bound = {}
-            kept = {v: self.env.pop(v) for v in list(self.env) if self.weight_only(v)}
-            try:
-                return super().weight_matrix(vid)
-            finally:
-                self.bound = saved
-                self.env.update(kept)
-        return super().weight_matrix(vid)
+    def _settled_kernel(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """(which output channels of a convolution are settled, the convolution with those)."""
+        names = {self.owner(n)[1] for n in (site.w.lo, site.w.hi)}
+        if names == {""} or not any(n in self.bound for n in names):
+            return torch.zeros(site.w.shape[0], dtype=torch.bool), None
+        value, done = self._settled(site.w.dense())
+        column = done.flatten(1).all(1)
+        if not bool(column.any()):
+            return column, None
+        geometry = (list(g) if isinstance(g, tuple) else g for g in site.geometry)
+        return column, aten.convolution.default(site.x, value, None, *geometry)
 
-    def compute(self, node: Node) -> None:
-        out = self.run(node, {})
-        for vid, t in zip(node.outs, out if isinstance(out, (tuple, list)) else (out,), strict=False):
+    def _settled_columns(self, site: Site, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(which columns of a matrix are settled, the elements of the product with those)."""
+        column, y = torch.zeros(site.w.shape[1], dtype=torch.bool), None
+        rows, cols = (row.to(torch.int64) - 1).clamp_min(0), (col.to(torch.int64) - 1).clamp_min(0)
+        held = self.holder(site.w.lo)
+        if held is not None and site.w.hi < held[0] + held[1]:
+            b = self.bound.get(held[2])
+            if b is None:
+                return column, None
+            local = site.w.shifted(-held[0])
+            told = [piece_columns(p, local) for p in b.pieces]
+            if all(c is not None for c in told):
+                for p, c in zip(b.pieces, told, strict=True):
+                    if c is None or not bool(c.any()):
+                        continue
+                    table = self._table(site, p, local, c)
+                    back = torch.cumsum(c.to(torch.int64), 0) - 1
+                    mine = table[rows, back.clamp_min(0)[cols]]
+                    y = mine if y is None else torch.where(c[cols], mine, y)
+                    column = column | c
+                return column, y
+        elif not any(h[2] in self.bound for n in (site.w.lo, site.w.hi) if (h := self.holder(n)) is not None):
+            return column, None
+        value, done = self._settled(site.w.dense())
+        column = done.all(0)
+        if not bool(column.any()):
+            return column, None
+        return column, (site.x @ torch.where(column, value, 0.0))[rows, cols]
+
+    def _table(self, site: Site, piece: Piece, local: Grid, column: Tensor) -> Tensor:
+        """The product of a site's rows with those of its columns that a piece settles."""
+        key = (site.node, site.w.key(), id(piece))
+        if key not in self.tables:
+            part = local.take(1, torch.nonzero(column).flatten())
+            if not piece.sources:
+                matrix = torch.zeros(part.shape, dtype=torch.float64)
+            elif len(piece.sources) == 1 and part.same(piece.at):
+                matrix = self.reference.fetch(piece.sources[0])
+            else:
+                matrix, _ = self._settled(part.shifted(self.holder(site.w.lo)[0]).dense())  # type: ignore[index]
+            self.tables[key] = site.x @ twin.lift(matrix)
+        return self.tables[key]
+
+    def compute(self, node: Node) -> list[Tensor]:
+        """Run the node on what is known, and hold what it gives."""
+        found = self.run(node, {})
+        outs = list(found) if isinstance(found, (tuple, list)) else [found]
+        for k, (vid, t) in enumerate(zip(node.outs, outs, strict=False)):
             if vid >= 0 and isinstance(t, Tensor):
+                if self.tape.values[vid].data:
+                    outs[k] = t = twin.lift(t)
+                elif t.numel() > HELD and self.weight_only(vid):
+                    continue
                 self.env[vid] = t
+        return outs
 
     def taint(self, node: Node) -> None:
         self.tainted.update(o for o in node.outs if o >= 0)
@@ -275,41 +301,55 @@ class Hypothesis(Affine):
     def settle(self, assignments: list[Assignment]) -> bool:
         """Write assignments down. False where one contradicts what is settled."""
         for a in assignments:
-            if a.target.numel() == 0:
+            target, sources = a.target, a.sources
+            if not target.numel():
                 continue
-            lo, hi = int(a.target.min()), int(a.target.max())
-            spans = [(first, size, name) for first, size, name in self.names if first <= hi and first + size > lo]
-            for first, size, name in spans:
-                here = (a.target >= first) & (a.target < first + size)
-                if bool(here.any()) and not self._write(
-                    name, size, a.target[here] - first, [s[here] for s in a.sources]
-                ):
+            if not target.injective:
+                pairs = [function(target.flat(), s.flat()) for s in sources]
+                if any(p is None for p in pairs):
                     return False
-            if hi >= self.real_end:
-                for key, u in list(self.virtual.items()):
-                    here = (a.target >= u.offset) & (a.target < u.offset + u.size)
-                    if bool(here.any()) and not self._solve(
-                        key, a.target[here] - u.offset, [s[here] for s in a.sources]
-                    ):
-                        return False
+                kept = [p for p in pairs if p is not None]
+                target = Grid.of(kept[0][0] if kept else torch.unique(target.flat()))
+                sources = [Grid.of(p[1]) for p in kept]
+            if not self._place(target, sources):
+                return False
         return True
 
-    def _write(self, name: str, size: int, at: Tensor, sources: list[Tensor]) -> bool:
-        b = self.bound.get(name)
-        new = sources[0].to(torch.int64) if sources else torch.full_like(at, -1)
-        new = torch.where(new == 0, -1, new)
-        ids = torch.zeros(size, dtype=torch.int64) if b is None else b.ids.clone()
-        old = ids[at]
-        if bool(((old != 0) & (old != new)).any()):
+    def _place(self, target: Grid, sources: list[Grid]) -> bool:
+        """Distinct target elements, in one tensor or in several."""
+        held = self.holder(target.lo)
+        if held is not None and target.hi < held[0] + held[1]:
+            first, _, name = held
+            return self._write(name, target.shifted(-first), sources)
+        for key, u in list(self.virtual.items()):
+            if u.offset <= target.lo and target.hi < u.offset + u.size:
+                return self._solve(key, target.flat() - u.offset, [s.flat() for s in sources])
+        parted = cut(target, self.spans())
+        if parted is not None and len(parted[1]) > 1:
+            axis, runs = parted
+            return all(
+                self._place(target.narrow(axis, at, n), [s.narrow(axis, at, n) for s in sources]) for at, n in runs
+            )
+        flat = target.flat()
+        edges = torch.tensor(sorted(self.spans()))
+        who = torch.bucketize(flat, edges, right=True)
+        if len(torch.unique(who)) < 2:
             return False
-        ids[at] = new
-        more = [] if b is None else [m.clone() for m in b.more]
-        for k, s in enumerate(sources[1:]):
-            while len(more) <= k:
-                more.append(torch.zeros(size, dtype=torch.int64))
-            more[k][at] = s.to(torch.int64)
-        self.bound[name] = Bound(ids, more)
-        self.version += 1
+        for k in torch.unique(who).tolist():
+            here = who == k
+            if not self._place(Grid.of(flat[here]), [Grid.of(s.flat()[here]) for s in sources]):
+                return False
+        return True
+
+    def _write(self, name: str, at: Grid, sources: list[Grid]) -> bool:
+        shape = self.tape.values[self.tape.params[name]].shape
+        old = self.bound.get(name, Bound(shape))
+        new = old.with_piece(Piece(at, tuple(sources), shape))
+        if new is None:
+            return False
+        if new is not old:
+            self.bound[name] = new
+            self.version += 1
         return True
 
     def _solve(self, key: tuple[int, str], at: Tensor, sources: list[Tensor]) -> bool:
@@ -327,7 +367,7 @@ class Hypothesis(Affine):
         t = self.env.get(vid)
         if t is None or not v.data:
             return None
-        f = fingerprint(t)
+        f = self._fingerprint(vid, t)
         if f is None:
             return None
         found = self.reference.index.find(f)
@@ -340,3 +380,29 @@ class Hypothesis(Affine):
         else:
             self.misses += 1
         return bool(found)
+
+    def _fingerprint(self, vid: int, t: Tensor) -> Fingerprint | None:
+        """A value that is another one moved has its fingerprint."""
+        node = self.tape.nodes[self.tape.values[vid].node]
+        one = node.inputs[0] if len(node.inputs) == 1 else -1
+        if one in self.prints and base(node.op) in PERMUTING and t.numel() == math.prod(self.tape.values[one].shape):
+            self.prints[vid] = self.prints[one]
+        else:
+            self.prints[vid] = fingerprint(t)
+        return self.prints[vid]
+
+
+def piece_columns(piece: Piece, matrix: Grid) -> Tensor | None:
+    """Which columns of a matrix (positions in the piece's tensor) lie in the piece; None where that is not plain, or
+    where it holds parts of columns."""
+    box = axes(matrix, piece.shape)
+    if box is None or piece.masks is None:
+        return None
+    inside = torch.ones(1, matrix.shape[1], dtype=torch.bool)
+    for mask, x in zip(piece.masks, box, strict=True):
+        told = mask[x]
+        whole = told.all(0, keepdim=True)
+        if not bool((whole == told.any(0, keepdim=True)).all()):
+            return None if bool(inside.any()) else inside.reshape(-1)
+        inside = inside & whole
+    return inside.reshape(-1)

@@ -65,7 +65,7 @@ def _node(p: Any, vid: int) -> Node | None:
 def _alike(h: Hypothesis, u: Virtual, at: Tensor, ru: Virtual, pos: Tensor) -> bool:
     ref = h.reference
     if u.how:  # 1/a against 1/b: a against b
-        return _pair(h, h.weight_matrix(u.vid).reshape(-1)[at], ref.weight_matrix(ru.vid).reshape(-1)[pos])
+        return _pair(h, h.weight_matrix(u.vid).flat()[at], ref.weight_matrix(ru.vid).flat()[pos])
     nt, nr = _node(h, u.vid), _node(ref, ru.vid)
     if nt is None or nr is None or base(nt.op) != base(nr.op):
         return False
@@ -109,7 +109,7 @@ def _weights(p: Any, node: Node) -> list[int]:
 
 def _ids(p: Any, vid: int) -> Tensor | None:
     try:
-        found: Tensor = p.weight_matrix(vid)
+        found: Tensor = p.weight_matrix(vid).dense()
     except NotAffine:
         return None
     return found
@@ -143,13 +143,13 @@ def _pair(h: Hypothesis, a: Tensor, b: Tensor) -> bool:
     vals[inverse] = b
     if not bool((vals[inverse] == b).all()) or bool((keys == 0).any()):
         return False
-    return h.settle([Assignment(keys, [vals])])
+    return h.settle([Assignment.of(keys, vals)])
 
 
 def _inverted(h: Hypothesis, u: Virtual, at: Tensor, numbers: Tensor) -> bool:
     ref = h.reference
     if u.how == "reciprocal":
-        ids = h.weight_matrix(u.vid).reshape(-1)[at]
+        ids = h.weight_matrix(u.vid).flat()[at]
         return _pair(h, ids, ref.derive("reciprocal", {}, numbers))
     node = _node(h, u.vid)
     if node is None:
@@ -164,12 +164,10 @@ def _inverted(h: Hypothesis, u: Virtual, at: Tensor, numbers: Tensor) -> bool:
         full = torch.empty(math.prod(shape), dtype=torch.int64)
         full[at] = numbers
         gain = ref.derive("norm_except", {"dim": dim}, full.reshape(shape))
-        return _pair(h, h.weight_matrix(v).reshape(-1), full) and _pair(
-            h, h.weight_matrix(g).reshape(-1), gain.reshape(-1)
-        )
+        return _pair(h, h.weight_matrix(v).flat(), full) and _pair(h, h.weight_matrix(g).flat(), gain.reshape(-1))
     if len(args) != 1:
         return False
-    ids = h.weight_matrix(args[0])
+    ids = h.weight_matrix(args[0]).dense()
     if ids.shape != h.tape.values[u.vid].shape:
         return False
     ids = ids.reshape(-1)[at]

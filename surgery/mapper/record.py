@@ -141,6 +141,8 @@ MOVES = frozenset(
         "slice", "split", "split_with_sizes", "unbind", "clone", "_to_copy", "detach", "alias",
     }
 )  # fmt: skip
+# Those of them that keep every element.
+PERMUTING = MOVES - {"expand", "select", "slice", "split", "split_with_sizes", "unbind"}
 RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
 # Operators whose result, or its shape, Python reads.
 SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})

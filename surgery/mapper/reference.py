@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Affine
+from surgery.mapper.grid import Grid, cut, read
 from surgery.mapper.record import FingerprintIndex, Node, Tape, fingerprint
 from surgery.mapper.terms import Term, Virtual
 
@@ -135,6 +136,17 @@ class Reference(Affine):
                 if bool(here.any()):
                     out[here] = src[flat[here] - first]
         return out.reshape(numbers.shape)
+
+    def fetch(self, numbers: Grid) -> Tensor:
+        """The values of weight elements, in the type that they are stored in: a view where one tensor holds them in
+        even steps. Every number must be that of a weight."""
+        found = self.holder(numbers.lo)
+        if found is not None and numbers.hi < found[0] + found[1]:
+            return read(self._stored(self.tape.params[found[2]]), numbers.shifted(-found[0]))
+        if numbers.lo > 0 and (parted := cut(numbers, self.firsts)) is not None and len(parted[1]) > 1:
+            axis, runs = parted
+            return torch.cat([self.fetch(numbers.narrow(axis, start, n)) for start, n in runs], axis)
+        return self.values_of(numbers.dense())
 
     def _stored(self, vid: int) -> Tensor:
         t = self.tape.values[vid].tensor

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from surgery.expr import Expr, call
 from surgery.mapper.affine import NotAffine, base
-from surgery.mapper.hypothesis import Bound
+from surgery.mapper.bound import Bound, Piece, in_box
+from surgery.mapper.grid import Grid, axes
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Derived, Reference
 from surgery.mapper.terms import Virtual
@@ -31,6 +32,19 @@ class Unrenderable(Exception):
     """An index map that no expression of the language gives."""
 
 
+def _box(p: Piece) -> list[tuple[int, int]] | None:
+    """(start, length) along each axis of the tensor, where the piece is all of such a box."""
+    if p.masks is None:
+        return None
+    out = []
+    for m in p.masks:
+        at = torch.nonzero(m).flatten()
+        if int(at[-1]) - int(at[0]) + 1 != len(at):
+            return None
+        out.append((int(at[0]), len(at)))
+    return out
+
+
 class Renderer:
     """Expressions over checkpoint tensors for arrays of the reference's element numbers."""
 
@@ -40,28 +54,84 @@ class Renderer:
         self.real = list(reference.names)  # (first number, size, name) of the tensors that the reference holds
 
     # -- the whole ----------------------------------------------------------------------------------------------------
-    def bound(self, b: Bound, shape: tuple[int, ...]) -> Expr:
+    def bound(self, b: Bound) -> Expr:
         """The expression of a settled tensor. Raises Unrenderable."""
         if not b.full:
             raise Unrenderable("some elements are open")
-        if not b.more and (plain := self._plain(b.ids, shape)) is not None:
-            return plain
-        addends = [b.ids.reshape(shape)] + [m.reshape(shape) for m in b.more]
+        if (told := self._by_pieces(b)) is not None:
+            return told
+        addends = [x.reshape(b.shape) for x in (b.ids, *b.more)]
         parts = [self.block(a.clamp_min(0)) for a in addends if bool((a > 0).any())]
         if not parts:
-            return call("zeros", shape=shape)
+            return call("zeros", shape=b.shape)
         return parts[0] if len(parts) == 1 else call("add", *parts)
 
-    def _plain(self, ids: Tensor, shape: tuple[int, ...]) -> Expr | None:
-        """A whole tensor as it is: by far the most frequent case."""
-        n = ids.numel()
-        if not n or int(ids[-1]) - int(ids[0]) != n - 1:
+    def _by_pieces(self, b: Bound) -> Expr | None:
+        """The pieces side by side along one axis, where each is a source tensor as it is or with its axes permuted."""
+        runs: dict[int, list[tuple[int, Expr]]] = {}
+        for p in b.pieces:
+            at = _box(p)
+            if at is None or (grids := [in_box(p, s, at) for s in p.sources]) is None or None in grids:
+                return None
+            addends = [self._grid(g) for g in grids if g is not None]
+            if any(a is None for a in addends):
+                return None
+            told = [a for a in addends if a is not None]
+            size = tuple(n for _, n in at)
+            made = call("zeros", shape=size) if not told else told[0] if len(told) == 1 else call("add", *told)
+            cuts = [a for a, ((_, n), whole) in enumerate(zip(at, b.shape, strict=True)) if n != whole]
+            if not cuts and len(b.pieces) == 1:
+                return made
+            if len(cuts) != 1:
+                return None
+            runs.setdefault(cuts[0], []).append((at[cuts[0]][0], made))
+        if len(runs) != 1 or len(b.pieces) > MOST_PARTS:
             return None
-        name = next((name for first, size, name in self.real if first == int(ids[0]) and size == n), None)
-        if name is None or name not in self.links or not bool((ids[1:] - ids[:-1] == 1).all()):
+        ((axis, parts),) = runs.items()
+        return call("cat", *(e for _, e in sorted(parts, key=lambda part: part[0])), axis=axis)
+
+    def _grid(self, g: Grid) -> Expr | None:
+        """One source tensor, all of it or some of its rows, its axes in any order."""
+        held = self.ref.holder(g.lo)
+        if held is None or g.hi >= held[0] + held[1]:
             return None
+        first, size, name = held
+        expr = self.links.get(name)
+        if expr is None:
+            raise Unrenderable(f"{name} is not in the checkpoint")
         have = self.ref.tape.values[self.ref.tape.params[name]].shape
-        return self.links[name] if have == shape else call("reshape", self.links[name], shape=shape)
+        local = g.shifted(-first)
+        if g.numel() != size:
+            return self._cut(expr, have, local)
+        for p in itertools.permutations(range(len(have))) if len(have) <= 4 else [tuple(range(len(have)))]:
+            moved = Grid.whole(0, have).permute(p) if have else Grid.whole(0, have)
+            if not moved.reshape(*g.shape).same(local):
+                continue
+            squeezed = [d for d in p if have[d] != 1]
+            if squeezed != sorted(squeezed):
+                expr = call("transpose", expr) if len(p) == 2 else call("permute", expr, dims=p)
+            else:
+                moved = Grid.whole(0, have)
+            return expr if moved.shape == g.shape else call("reshape", expr, shape=g.shape)
+        return None
+
+    def _cut(self, expr: Expr, have: tuple[int, ...], local: Grid) -> Expr | None:
+        """Consecutive lines along one axis of a tensor, or of its transpose, in their own shape."""
+        box = axes(local, have)
+        if box is None or len(have) != local.ndim:
+            return None
+        at = [(int(x.min()), int(x.max()) - int(x.min()) + 1) for x in box]
+        for p in [tuple(range(len(have)))] + ([(1, 0)] if len(have) == 2 else []):
+            part = Grid.whole(0, have)
+            for a, (start, n) in enumerate(at):
+                part = part.narrow(a, start, n)
+            cuts = [a for a, (_, n) in enumerate(at) if n != have[a]]
+            if part.numel() != local.numel() or len(cuts) != 1 or not part.permute(p).same(local):
+                continue
+            start, n = at[cuts[0]]
+            made = expr if p[0] == 0 else call("transpose", expr)
+            return call("slice", made, axis=p.index(cuts[0]), start=start, stop=start + n)
+        return None
 
     def block(self, ids: Tensor, depth: int = 0) -> Expr:
         """ids: source numbers, 0 for zero, in the shape wanted."""
@@ -122,7 +192,7 @@ class Renderer:
     def _value(self, vid: int) -> Expr:
         """A value of weights only."""
         try:
-            return self.block(self.ref.weight_matrix(vid).to(torch.int64))
+            return self.block(self.ref.weight_matrix(vid).dense())
         except NotAffine as e:
             raise Unrenderable("a weight computed in a way that the plan cannot say") from e
 
@@ -394,59 +464,74 @@ def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
 # ---------------------------------------------------------------------------------------------------------- completion
 
 
-def complete(b: Bound, shape: tuple[int, ...], reference: Reference) -> Bound:
-    """Fill rows that no input reached where the rows that were reached come, step by step, from one tensor.
+def complete(b: Bound, reference: Reference) -> Bound:
+    """Fill lines that no input reached where the lines that were reached come, step by step, from one tensor.
 
-    Along the axis on which whole rows are open: the settled rows of each source tensor must be an affine function of
-    the row's place (row r from row r - offset: positions, tokens, a merged table), and a place that two such functions
+    Along the axis on which whole lines are open: the settled lines of each source tensor must be an affine function of
+    the line's place (row r from row r - offset: positions, tokens, a merged table), and a place that two such functions
     claim stays open.
     """
-    if b.full or not shape:
+    if b.full or not b.shape or not b.pieces:
         return b
-    ids = b.ids.reshape(shape)
-    for axis in range(len(shape)):
-        rows = ids.movedim(axis, 0).reshape(shape[axis], -1)
-        open_ = rows == 0
-        if not bool((open_.all(1) | ~open_.any(1)).all()):
+    at = torch.cat([p.at.flat() for p in b.pieces])
+    order = torch.argsort(at)
+    at = at[order]
+    count = max(len(p.sources) for p in b.pieces)
+    if any(len(p.sources) != count or not count for p in b.pieces):
+        return b
+    columns = [torch.cat([p.sources[k].flat() for p in b.pieces])[order] for k in range(count)]
+    if any(bool((c <= 0).any()) for c in columns):
+        return b
+    for axis, n in enumerate(b.shape):
+        step = math.prod(b.shape[axis + 1 :])
+        line = (at // step) % n
+        settled, counts = torch.unique(line, return_counts=True)
+        if not bool((counts == b.size // n).all()):
             continue
-        filled = _complete_rows(
-            rows, [m.reshape(shape).movedim(axis, 0).reshape(shape[axis], -1) for m in b.more], reference
-        )
-        if filled is None:
+        by_line = torch.argsort(line, stable=True)
+        rows = [c[by_line].reshape(len(settled), -1) for c in columns]
+        within = at[by_line].reshape(len(settled), -1)[0] - settled[0] * step
+        laws = _laws(rows, settled, n, reference)
+        if laws is None:
             continue
-        main, more = filled
-        back = [
-            t.reshape([shape[axis], *[n for a, n in enumerate(shape) if a != axis]]).movedim(0, axis)
-            for t in (main, *more)
-        ]
-        flat = [t.reshape(-1) for t in back]
-        return Bound(flat[0], flat[1:])
+        pieces = []
+        for where, parts in laws:
+            place = Grid((len(where), len(within)), 0, [(where * step).unsqueeze(1), within.unsqueeze(0)])
+            pieces.append(Piece(place, tuple(parts), b.shape))
+        return Bound(b.shape, pieces)
     return b
 
 
-def _complete_rows(rows: Tensor, more: list[Tensor], reference: Reference) -> tuple[Tensor, list[Tensor]] | None:
-    settled = torch.nonzero(rows[:, 0] != 0).flatten()
-    if len(settled) == 0:
-        return None
-    columns = [rows, *more]
-    if any(not bool((m[settled] > 0).all()) for m in more):
-        return None
-    if len(columns) > 1 or bool((rows[settled] < 0).any()):
-        laws = [_law(c, settled, reference) for c in columns]
-        return _extended([law for law in laws if law is not None], columns, rows)
-    edges = torch.tensor(sorted(f for f, _, _ in reference.names))
-    owner = torch.bucketize(rows[settled, 0], edges, right=True)
-    laws = [_law(rows, settled[owner == o], reference) for o in torch.unique(owner).tolist()]
-    claims = torch.zeros(len(rows), dtype=torch.int64)
-    out = rows.clone()
-    for law in laws:
+def _laws(rows: list[Tensor], settled: Tensor, n: int, reference: Reference) -> list[tuple[Tensor, list[Grid]]] | None:
+    """(lines, for each addend the numbers in them) of every law; the settled lines that follow none as they are."""
+    if len(rows) > 1:  # a sum of several tensors: each addend by its own law, in the lines where all of them hold
+        found = [_law(r, settled, n, reference) for r in rows]
+        laws = [law for law in found if law is not None]
+        if len(laws) != len(rows):
+            return None
+        where = torch.nonzero(torch.stack([law.valid for law in laws]).all(0)).flatten()
+        return [(where, [law.rows(where) for law in laws])]
+    edges = torch.tensor(reference.firsts)
+    owner = torch.bucketize(rows[0][:, 0].contiguous(), edges, right=True)
+    claims = torch.zeros(n, dtype=torch.int64)
+    taken = torch.zeros(n, dtype=torch.bool)
+    taken[settled] = True
+    out: list[tuple[Tensor, list[Grid]]] = []
+    kept: list[tuple[Tensor, _Law]] = []
+    for o in torch.unique(owner).tolist():
+        mine = torch.nonzero(owner == o).flatten()
+        law = _law(rows[0][mine], settled[mine], n, reference)
         if law is None:
+            out.append((settled[mine], [Grid.of(rows[0][mine])]))
             continue
-        where = torch.nonzero((rows[:, 0] == 0) & law.valid).flatten()
-        claims[where] += 1
-        out[where] = law.rows(where)
-    out[claims > 1] = 0
-    return out, []
+        claims += law.valid.to(torch.int64)
+        kept.append((settled[mine], law))
+    for own, law in kept:
+        here = law.valid & ~taken & (claims == 1)
+        here[own] = True
+        where = torch.nonzero(here).flatten()
+        out.append((where, [law.rows(where)]))
+    return out
 
 
 @dataclass
@@ -458,27 +543,25 @@ class _Law:
     step: int
     valid: Tensor  # for every row: does it stay inside?
 
-    def rows(self, where: Tensor) -> Tensor:
-        return self.start + (where - self.at).unsqueeze(1) * self.step
+    def rows(self, where: Tensor) -> Grid:
+        return Grid((len(where), len(self.start)), 0, [((where - self.at) * self.step).unsqueeze(1), self.start[None]])
 
 
-def _law(rows: Tensor, settled: Tensor, reference: Reference) -> _Law | None:
+def _law(rows: Tensor, settled: Tensor, n: int, reference: Reference) -> _Law | None:
     """The law that the settled rows follow, or None."""
-    if len(settled) == 0 or bool((rows[settled] <= 0).any()):
-        return None
     at = int(settled[0])
-    start = rows[at]
-    span = next(((f, s, n) for f, s, n in reference.names if f <= int(start[0]) < f + s), None)
-    if span is None:
+    start = rows[0]
+    held = reference.holder(int(start[0]))
+    if held is None:
         return None
-    first, size, name = span
+    first, size, name = held
     shape = reference.tape.values[reference.tape.params[name]].shape
     if len(settled) > 1:
-        gap = rows[settled[1:]] - start
+        gap = rows[1:] - start
         steps = gap // (settled[1:] - at).unsqueeze(1)
         step = int(steps[0, 0])
         if step == 0 and not bool(gap.any()):  # one row for all
-            return _Law(at, start, 0, torch.ones(len(rows), dtype=torch.bool))
+            return _Law(at, start, 0, torch.ones(n, dtype=torch.bool))
         if step <= 0 or not bool((gap == (settled[1:] - at).unsqueeze(1) * step).all()):
             return None
     else:
@@ -492,19 +575,5 @@ def _law(rows: Tensor, settled: Tensor, reference: Reference) -> _Law | None:
     place = (local // step) % length
     if not bool((place == place[0]).all()):
         return None
-    there = int(place[0]) + torch.arange(len(rows)) - at
+    there = int(place[0]) + torch.arange(n) - at
     return _Law(at, start, step, (there >= 0) & (there < length))
-
-
-def _extended(laws: list[_Law], columns: list[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]] | None:
-    """A sum of several tensors: each addend by its own law, in the rows where all of them hold."""
-    if len(laws) != len(columns):
-        return None
-    valid = torch.stack([law.valid for law in laws]).all(0)
-    where = torch.nonzero((rows[:, 0] == 0) & valid).flatten()
-    out = []
-    for c, law in zip(columns, laws, strict=True):
-        new = c.clone()
-        new[where] = law.rows(where)
-        out.append(new)
-    return out[0], out[1:]

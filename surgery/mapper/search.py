@@ -153,14 +153,12 @@ class Search:
                 continue
             g = h.fork()
             pairs = [
-                function(
-                    g.weight_matrix(a).reshape(-1).to(torch.int64), ref.weight_matrix(b).reshape(-1).to(torch.int64)
-                )
+                function(g.weight_matrix(a).flat(), ref.weight_matrix(b).flat())
                 for a, b in zip(args, theirs, strict=True)
             ]
             if any(p is None for p in pairs):
                 continue
-            if g.settle([Assignment(p[0], [p[1]]) for p in pairs if p is not None]):
+            if g.settle([Assignment.of(p[0], p[1]) for p in pairs if p is not None]):
                 out += self._settle(g, self._chain_end(g, node.outs[0]))
         return [g for g in out if self._chain_end(g, node.outs[0]) not in g.tainted] or [h]
 
@@ -198,8 +196,7 @@ class Search:
         values = {}
         for name, b in h.bound.items():
             own = h.own[name]
-            known = h._gather(b).reshape(own.shape)
-            values[name] = torch.where((b.ids != 0).reshape(own.shape), known, own.to(torch.float64))
+            values[name] = b.partly(self.reference.fetch, own)
         tape = self.again(values)
         h.tape = tape
         for v, val in enumerate(tape.values):
@@ -314,12 +311,14 @@ class Search:
     def _open(self, h: Hypothesis, terms: list[Term]) -> set[str]:
         names: set[str] = set()
         for t in terms:
-            ids = t.ids if t.ids is not None else (t.site.w if t.site is not None else None)
-            if ids is None:
+            if t.site is not None:
+                ends = (t.site.w.lo, t.site.w.hi)
+            elif t.ids is not None:
+                some = t.ids[t.ids > 0]
+                ends = (int(some.min()), int(some.max())) if some.numel() else (0, 0)
+            else:
                 continue
-            for n in (int(ids.max()), int(ids[ids > 0].min()) if bool((ids > 0).any()) else 0):
-                if n:
-                    names.add(h.owner(n)[1])
+            names.update(h.owner(n)[1] for n in ends if n > 0)
         return names - {""}
 
     def _unified(
@@ -468,8 +467,8 @@ class Search:
         pairs = []
         for a in m.assignments:
             if a.sources and a.target.numel():
-                t = h.owner(int(a.target[0]))[1]
-                s = self.reference.owner(int(a.sources[0][0]))[1]
+                t = h.owner(a.target.first)[1]
+                s = self.reference.owner(a.sources[0].first)[1]
                 if t and s:
                     pairs.append((t, s))
         return pairs
@@ -479,7 +478,7 @@ class Search:
         out = []
         for a in m.assignments:
             if a.sources and a.target.numel():
-                t, s = _place(h, int(a.target[0])), _place(self.reference, int(a.sources[0][0]))
+                t, s = _place(h, a.target.first), _place(self.reference, a.sources[0].first)
                 if t and s:
                     out.append((t, s))
         return out
@@ -498,14 +497,12 @@ class Search:
 
 
 def _firsts(m: Match) -> list[int]:
-    return [int(a.sources[0][0]) for a in m.assignments if a.sources and a.target.numel()]
+    return [a.sources[0].first for a in m.assignments if a.sources and a.target.numel()]
 
 
 def _place(p: Affine, number: int) -> str:
-    for first, size, name in p.names:
-        if first <= number < first + size:
-            return f"{_pattern(name)} {(number - first) / size:.6f}"
-    return ""
+    found = p.holder(number)
+    return f"{_pattern(found[2])} {(number - found[0]) / found[1]:.6f}" if found is not None else ""
 
 
 def _pattern(name: str) -> str:
@@ -514,10 +511,5 @@ def _pattern(name: str) -> str:
 
 def _key(m: Match) -> tuple[Any, ...]:
     """Two matches that settle the same elements in the same way are one."""
-    parts = []
-    for a in m.assignments:
-        if a.target.numel() == 0:
-            continue
-        w = torch.arange(1, a.target.numel() + 1, dtype=torch.float64)
-        parts.append((float((a.target * w).sum()), tuple(float((s * w).sum()) for s in a.sources)))
-    return tuple(sorted(parts))
+    parts = [(a.target.key(), *(s.key() for s in a.sources)) for a in m.assignments if a.target.numel()]
+    return tuple(sorted(parts, key=repr))

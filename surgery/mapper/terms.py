@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.mapper.grid import Grid
+
 
 @dataclass
 class Site:
@@ -18,18 +20,18 @@ class Site:
     node: int
     x: Tensor  # linear: rows [N, K]; convolution: its input
     x_vid: int
-    w: Tensor  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
+    w: Grid  # numbers of the weight elements: [K, M]; convolution: the kernel's own shape
     geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
     pieces: list[Tensor] | None = None  # where x is a concatenation along the contracted axis: the columns of each part
 
     keys: Tensor | None = field(default=None, repr=False)  # sums of its rows, where they were asked for
-    _linear: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _linear: tuple[Tensor, Grid] | None = field(default=None, repr=False)
 
     @property
     def conv(self) -> bool:
         return bool(self.geometry)
 
-    def linear(self) -> tuple[Tensor, Tensor] | None:
+    def linear(self) -> tuple[Tensor, Grid] | None:
         """(rows [N, K], weight numbers [K, M]); a plain convolution as the product of its unfolded input."""
         if not self.conv:
             return self.x, self.w
@@ -52,7 +54,10 @@ class Site:
                 if size > 1 << 26:
                     return None
                 rows = F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
-            self._linear = (rows.transpose(1, 2).reshape(-1, rows.shape[1]), self.w.reshape(self.w.shape[0], -1).t())
+            self._linear = (
+                rows.transpose(1, 2).reshape(-1, rows.shape[1]),
+                self.w.reshape(self.w.shape[0], -1).transpose(0, 1),
+            )
         return self._linear
 
 
@@ -107,7 +112,7 @@ def apart(terms: list[Term]) -> list[Term] | None:
             continue
         s = t.site
         for g in s.pieces or ():
-            part = Site(s.node, s.x[:, g], s.x_vid, s.w[g])
+            part = Site(s.node, s.x[:, g], s.x_vid, s.w.take(0, g))
             out.append(Term("product", t.coef, site=part, row=t.row, col=t.col))
     return out if len(out) > len(terms) else None
 

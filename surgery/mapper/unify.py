@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from surgery.mapper.grid import Grid
 from surgery.mapper.record import HUGE
 from surgery.mapper.rows import Rows, match_rows, match_sites
 from surgery.mapper.terms import Term, informative
@@ -25,8 +26,12 @@ from surgery.mapper.terms import Term, informative
 class Assignment:
     """Target elements and, for each, the source elements whose sum it is; no sources: zero."""
 
-    target: Tensor
-    sources: list[Tensor] = field(default_factory=list)
+    target: Grid
+    sources: list[Grid] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, target: Tensor, *sources: Tensor) -> Assignment:
+        return cls(Grid.of(target), [Grid.of(s) for s in sources])
 
 
 @dataclass
@@ -280,31 +285,32 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
     assert t.site is not None
     assert r.site is not None
     if t.site.conv and r.site.conv:
-        wt, wr = t.site.w[ct], r.site.w[cr]
+        wt, wr = t.site.w.take(0, ct), r.site.w.take(0, cr)
         if rows.columns is not None:
             if bool((rows.columns < 0).any()):
                 return None
-            wr = wr[:, rows.columns]
+            wr = wr.take(1, rows.columns)
     else:
         a, b = t.site.linear(), r.site.linear()
         assert a is not None
         assert b is not None
-        wt = a[1] if _all(ct, a[1].shape[1]) else a[1][:, ct]
-        wr = b[1] if _all(cr, b[1].shape[1]) else b[1][:, cr]
+        wt = a[1] if _all(ct, a[1].shape[1]) else a[1].take(1, ct)
+        wr = b[1] if _all(cr, b[1].shape[1]) else b[1].take(1, cr)
         if rows.columns is not None:
-            wr = wr[rows.columns]
+            wr = wr.take(0, rows.columns)
     if wt.shape != wr.shape:
         return None
-    it, ir = wt.reshape(-1).to(torch.int64), wr.reshape(-1).to(torch.int64)
+    if not wt.holes and not wr.holes:
+        return [Assignment(wt, [wr])]
+    it, ir = wt.flat(), wr.flat()
     if bool(((it == 0) & (ir != 0)).any()):
         return None
     keep = it != 0
-    if not bool(keep.all()):
-        it, ir = it[keep], ir[keep]
+    it, ir = it[keep], ir[keep]
     zero = ir == 0
-    out = [Assignment(it[~zero], [ir[~zero]])] if not bool(zero.all()) else []
+    out = [Assignment.of(it[~zero], ir[~zero])] if not bool(zero.all()) else []
     if bool(zero.any()):
-        out.append(Assignment(it[zero], []))
+        out.append(Assignment.of(it[zero]))
     return out
 
 
@@ -332,7 +338,7 @@ def _by_values(pairs: list[tuple[Term, Term]], target: list[Term], source: list[
             pair = function(it[here], ir[here])
             if pair is None or bool((pair[1] == 0).any()):
                 break
-            assignments.append(Assignment(pair[0], [pair[1]]))
+            assignments.append(Assignment.of(pair[0], pair[1]))
         else:
             m = _rest(e, target, source, lead_t.coef, lead_r.coef)
             if m is not None:
@@ -459,12 +465,12 @@ def _region(
         m.penalty += 1.0
     for i in mine:
         if not taken[i]:
-            m.assignments.append(Assignment(torch.unique(u[i]), []))
+            m.assignments.append(Assignment.of(torch.unique(u[i])))
             m.zeros += 1
             m.penalty += 1.0
             continue
         keys = forward[i, taken[i][0]][0]
-        m.assignments.append(Assignment(keys, [forward[i, j][1] for j in taken[i]]))
+        m.assignments.append(Assignment.of(keys, *(forward[i, j][1] for j in taken[i])))
     return True
 
 
