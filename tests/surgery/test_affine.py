@@ -84,13 +84,13 @@ def rebuilt(p: Affine, module: nn.Module, vid: int) -> Tensor:
             form = t.site.linear()
             if form is None:  # a convolution that is no product of rows
                 stride, padding, dilation, transposed, more, groups = t.site.geometry
-                kernel = weight[t.site.w.long()]
+                kernel = weight[t.site.w.dense()]
                 y = torch.ops.aten.convolution(
                     t.site.x, kernel, None, stride, padding, dilation, transposed, more, groups
                 )
                 table = y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
             else:
-                table = form[0] @ weight[form[1].long()]
+                table = form[0] @ weight[form[1].dense()]
             part = torch.where(t.row > 0, table[(t.row.long() - 1).clamp_min(0), (t.col.long() - 1).clamp_min(0)], 0.0)
         total = total + t.coef * part
     return total
@@ -178,7 +178,7 @@ def test_numbers_name_their_elements() -> None:
     columns = product.col[0, head, 0].long() - 1
     assert columns.tolist() == [3, 4, 5]
     assert (bias.ids[0, head, 0].long() - first["b"]).tolist() == [3, 4, 5]
-    weights = product.site.w[:, columns].long() - first["w"]  # [input, output]
+    weights = product.site.w.take(1, columns).dense() - first["w"]  # [input, output]
     assert weights.tolist() == [[row * WIDTH + column for row in (3, 4, 5)] for column in range(WIDTH)]
     assert p.owner(first["w"] + 17)[1] == "w"
     assert p.owner(first["b"])[1] == "b"
@@ -196,7 +196,7 @@ def test_computed_weights_are_numbered_as_their_own() -> None:
     p = reference(tape_of(module, rand(4, WIDTH)))
     (term,) = p.terms(p.tape.outputs()[0])
     assert term.site is not None
-    assert int(term.site.w.min()) == p.real_end
+    assert term.site.w.lo == p.real_end
     assert len(p.virtual) == 1
 
 

@@ -59,7 +59,7 @@ def renderer() -> Renderer:
 
 def rendered(ids: Tensor) -> str:
     """The expression of these elements, after it was checked to give them."""
-    expr = renderer().bound(Bound(ids.reshape(-1)), tuple(ids.shape))
+    expr = renderer().bound(Bound.dense(ids.reshape(-1), [], tuple(ids.shape)))
     flat = torch.zeros(REFERENCE.real_end, dtype=torch.float64)
     for name, numbers in NUMBERS.items():
         flat[numbers] = STATE[name]
@@ -113,29 +113,29 @@ def test_expressions_are_those_that_people_write(name: str) -> None:
 
 
 def test_a_sum_of_two() -> None:
-    expr = renderer().bound(Bound(q.reshape(-1), [k.reshape(-1)]), (4, 6))
+    expr = renderer().bound(Bound.dense(q.reshape(-1), [k.reshape(-1)], (4, 6)))
     assert str(expr) == "add(q.weight, k.weight)"
 
 
 def test_links_stand_in_for_names() -> None:
     links = {name: Name(name) for name in STATE} | {"w": parse("transpose(file.w)")}
     made = Renderer(REFERENCE, links)
-    assert str(made.bound(Bound(w.reshape(-1)), (6, 5))) == "transpose(file.w)"
-    assert str(made.bound(Bound(w[1:2].reshape(-1)), (1, 5))) == "slice(transpose(file.w), axis=0, start=1, stop=2)"
+    assert str(made.bound(Bound.dense(w.reshape(-1), [], (6, 5)))) == "transpose(file.w)"
+    assert str(made.bound(Bound.dense(w[1:2].reshape(-1), [], (1, 5)))) == "slice(transpose(file.w), axis=0, start=1, stop=2)"
 
 
 def test_what_is_open_or_unknown_is_not_rendered() -> None:
     ids = w.reshape(-1).clone()
     ids[3] = 0
     with pytest.raises(Unrenderable, match="open"):
-        renderer().bound(Bound(ids), (6, 5))
+        renderer().bound(Bound.dense(ids, [], (6, 5)))
     with pytest.raises(Unrenderable, match="not in the checkpoint"):
-        Renderer(REFERENCE, {}).bound(Bound(w.reshape(-1)), (6, 5))
+        Renderer(REFERENCE, {}).bound(Bound.dense(w.reshape(-1), [], (6, 5)))
     scattered = torch.cat([w.reshape(-1), q.reshape(-1)])[
         torch.randperm(54, generator=torch.Generator().manual_seed(0))
     ]
     with pytest.raises(Unrenderable):
-        renderer().bound(Bound(scattered), (54,))
+        renderer().bound(Bound.dense(scattered, [], (54,)))
 
 
 # -- random compositions ----------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def some_rows(a: Tensor, rows: list[int]) -> Tensor:
 
 
 def completed(ids: Tensor) -> Tensor:
-    return complete(Bound(ids.reshape(-1)), tuple(ids.shape), REFERENCE).ids.reshape(ids.shape)
+    return complete(Bound.dense(ids.reshape(-1), [], tuple(ids.shape)), REFERENCE).ids.reshape(ids.shape)
 
 
 @pytest.mark.parametrize("rows", [[0], [2], [0, 1, 2], [1, 4], [5]])
@@ -280,6 +280,8 @@ def test_scattered_holes_stay_open() -> None:
 
 
 def test_addends_are_completed_together() -> None:
-    bound = complete(Bound(some_rows(q, [1, 2]).reshape(-1), [some_rows(k, [1, 2]).reshape(-1)]), (4, 6), REFERENCE)
+    bound = complete(
+        Bound.dense(some_rows(q, [1, 2]).reshape(-1), [some_rows(k, [1, 2]).reshape(-1)], (4, 6)), REFERENCE
+    )
     assert torch.equal(bound.ids.reshape(4, 6), q)
     assert torch.equal(bound.more[0].reshape(4, 6), k)

@@ -61,9 +61,9 @@ def ways(h: Hypothesis, mine: int = 0, theirs: int = 0) -> list[Match]:
 
 def settled(h: Hypothesis, m: Match, name: str) -> Tensor:
     assert h.settle(m.assignments)
-    value = h.value_of(name, h.tape.values[h.tape.params[name]].shape)
+    value = h.value_of(name)
     assert value is not None
-    return value
+    return value.double()
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
