@@ -58,7 +58,7 @@ class Lifted(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return func(*tree_map(lift, args), **tree_map(lift, kwargs or {}))
+        return call(func, args, kwargs or {})
 
 
 def lift(x: Any) -> Any:
@@ -72,11 +72,31 @@ def lift(x: Any) -> Any:
     return x
 
 
+def mapped(f: Callable[[Any], Any], x: Any) -> Any:
+    """f on every leaf of an operator's arguments, which are plain lists and tuples at most: cheaper than a pytree."""
+    if type(x) in (list, tuple):
+        return type(x)(mapped(f, y) for y in x)
+    return f(x)
+
+
+def call(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator on lifted operands. Rows looked up in a table are lifted, the table is not."""
+    if func in LOOKUPS and isinstance(args[0], Tensor) and all(not isinstance(a, Lifted) for a in args[1:]):
+        table = args[0].stored.detach() if isinstance(args[0], Lifted) else args[0]
+        return lift(func(table, *args[1:], **kwargs))
+    return func(*mapped(lift, args), **{k: mapped(lift, v) for k, v in kwargs.items()})
+
+
+LOOKUPS = frozenset(
+    {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
+)
+
+
 class LiftCasts(TorchDispatchMode):
     """Raises every operand, cast and factory of lower precision to float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*tree_map(lift, args), **tree_map(lift, kwargs or {}))
+        return call(func, args, kwargs or {})
 
 
 class LiftConstants(TorchFunctionMode):

@@ -54,14 +54,14 @@ def find(
 
     links = dict(links) if links is not None else link(probe.reference, source)
     x = probe.search_input()
-    seen = _ran("reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links)))
+    seen = _ran("reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links), spare=True))
     _check_links(probe.reference, seen, links)
     reference = Reference(seen)
     own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}
     floats = {n for n, t in own.items() if t.is_floating_point() and n not in kept}
 
     def again(values: dict[str, Tensor]) -> Tape:
-        return record(probe.call_target, twin.twin(target, values), x, weights=floats, keep=0)
+        return record(probe.call_target, twin.twin(target, values), x, weights=floats, keep=0, sizes=frozenset())
 
     tape = _ran("target", lambda: again({}))
     outputs = seen.outputs()

@@ -247,6 +247,10 @@ class Affine(ABC):
     def known(self, vid: int) -> Tensor | None:
         """The value in float64, or None where it still needs an open weight. Each of the two programs says it."""
 
+    def computed_value(self, vid: int) -> Tensor | None:
+        """The value where all that it is computed from is known."""
+        return self.known(vid)
+
     def atom(self, vid: int) -> list[Term]:
         return [Term("known", 1.0, value=self.known(vid), vid=vid)]
 
@@ -259,7 +263,7 @@ class Affine(ABC):
             out = self._weight_terms(vid)
         elif v.origin != "node" or not v.weights or (self.cut and not root and v.data and self.is_end(vid)):
             out = self._need(vid)
-        elif not self.cut and (k := self.known(vid)) is not None:
+        elif not self.cut and (k := self.computed_value(vid)) is not None:
             out = [Term("known", 1.0, value=k, vid=vid)]
         elif self.weight_only(vid) and self.grid(vid) is not None:
             out = self._weight_terms(vid)

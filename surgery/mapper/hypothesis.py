@@ -15,7 +15,8 @@ from surgery.mapper.bound import Bound, Piece
 from surgery.mapper.grid import Grid, axes, cut
 from surgery.mapper.record import PERMUTING, Fingerprint, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
-from surgery.mapper.terms import Site, Term
+from surgery.mapper.repeat import Recipe, numbers, pattern
+from surgery.mapper.terms import Site, Term, cells, compact
 from surgery.mapper.unify import Assignment, function, live
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ class Choice:
 
 
 FORKED = (
-    "env", "bound", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints", "tables",
+    "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints", "tables",
 )  # fmt: skip
 HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
 
@@ -63,6 +64,9 @@ class Hypothesis(Affine):
         self.swapped = False
         self.choices: list[Choice] = []
         self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
+        self.recipes: dict[tuple[object, ...], Recipe] = {}  # how values were settled, for those of the next block
+        self.searched: frozenset[int] = frozenset()  # values for which no recipe may be used
+        self.gone: set[int] = set()  # activations that nothing needs any more
         self.supported = False
         self.prints: dict[int, Fingerprint | None] = {}  # of the values that were looked at
         self.tables: dict[tuple[object, ...], Tensor] = {}  # products with settled columns, by node and piece
@@ -73,6 +77,8 @@ class Hypothesis(Affine):
         self.version = 0
         self.unknown: dict[int, int] = {}
         self.hopeless: dict[int, tuple[int, bool]] = {}
+        self.memo_at = (0, 0)
+        self.kept = frozenset(tape.outputs())
         for vid, v in enumerate(tape.values):
             if v.origin in ("input", "const") and v.tensor is not None:
                 self.env[vid] = v.tensor
@@ -82,38 +88,56 @@ class Hypothesis(Affine):
         for name in FORKED:
             setattr(new, name, dict(getattr(self, name)))
         new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
+        new.gone = set(self.gone)
         return new
 
     # -- values -------------------------------------------------------------------------------------------------------
     def terms(self, vid: int, root: bool = True) -> list[Term]:
-        self.memo.clear()
+        if self.memo_at != (self.version, self.at):  # what is known has changed
+            self.memo.clear()
+            self.memo_at = (self.version, self.at)
         found = super().terms(vid, root)
         return [self._told(t) for t in found] if root else found
 
     def known(self, vid: int) -> Tensor | None:
-        if vid in self.env:
-            return self.env[vid]
-        if vid in self.tainted:
-            return None
+        value = self.computed_value(vid)
         v = self.tape.values[vid]
-        if v.origin == "param":
-            return self.value_of(v.name)
-        if v.origin != "node" or self.unknown.get(vid) == self.version:
-            return None
-        node = self.tape.nodes[v.node]
-        if all(self.has(i) for i in node.inputs):
-            return self.compute(node)[v.out]
-        if self._hopeless(vid):
-            self.unknown[vid] = self.version
-            return None
-        if self.kind(node) in ("layout", "sum", "product") and (value := self._partly(vid)) is not None:
-            self.env[vid] = value
+        if value is not None or v.origin != "node" or vid in self.tainted or self.unknown.get(vid) == self.version:
             return value
+        node = self.tape.nodes[v.node]
+        if not self._hopeless(vid) and self._within(vid) and self.kind(node) in ("layout", "sum", "product"):
+            if (value := self._partly(vid)) is not None:
+                self.env[vid] = value
+                return value
+        if all(self.known(i) is not None for i in node.inputs):
+            return self.compute(node)[v.out]
         self.unknown[vid] = self.version
         return None
 
-    def has(self, vid: int) -> bool:
-        return self.ready(vid) or self.known(vid) is not None
+    def computed_value(self, vid: int) -> Tensor | None:
+        if vid in self.env:
+            return self.env[vid]
+        v = self.tape.values[vid]
+        if vid in self.tainted:
+            return None
+        if v.origin == "param":
+            return self.value_of(v.name)
+        if v.origin != "node" or not self._able(vid, {}):
+            return None
+        return self.compute(self.tape.nodes[v.node])[v.out]
+
+    def _able(self, vid: int, seen: dict[int, bool]) -> bool:
+        """Is all that it is computed from known? Looks only; computes nothing."""
+        if vid in self.env:
+            return True
+        if vid not in seen:
+            v = self.tape.values[vid]
+            seen[vid] = False
+            if v.origin == "param":
+                seen[vid] = self.ready(vid)
+            elif v.origin == "node" and vid not in self.tainted:
+                seen[vid] = all(self._able(i, seen) for i in self.tape.nodes[v.node].inputs)
+        return seen[vid]
 
     def ready(self, vid: int) -> bool:
         """Is it known, or made of settled weights only? Asked at every step, so it computes nothing."""
@@ -151,6 +175,24 @@ class Hypothesis(Affine):
                 return False
         return any(self._hopeless(i) for i in node.inputs if self.tape.values[i].dtype.is_floating_point)
 
+    def _within(self, vid: int) -> bool:
+        """Of a large value made of weights: does it lie in what is settled of its tensor? (False only where surely not.)"""
+        if not self.weight_only(vid) or math.prod(self.tape.values[vid].shape) <= HELD or (g := self.grid(vid)) is None:
+            return True
+        held = self.holder(g.lo)
+        if held is None or g.hi >= held[0] + held[1]:
+            return True
+        b = self.bound.get(held[2])
+        if b is None or b.covered < g.numel():
+            return False
+        box = axes(g.shifted(-held[0]), b.shape)
+        if box is None or any(p.masks is None for p in b.pieces):
+            return True
+        settled = [
+            math.prod(int(m[x].sum()) for m, x in zip(p.masks, box, strict=True)) for p in b.pieces if p.masks is not None
+        ]
+        return sum(settled) == g.numel()
+
     def _partly(self, vid: int) -> Tensor | None:
         """A value that meets only the settled elements of a tensor that is settled in part (rows of a table)."""
         self.unknown[vid] = self.version  # the terms ask for what is known, and must not come back here
@@ -177,9 +219,10 @@ class Hypothesis(Affine):
         together, and what is settled must agree."""
         if t.kind not in ("weight", "scale") or t.ids is None or not self.bound:
             return t
-        value, done = self._settled(t.ids)
+        value, done = self._settled(compact(t.ids))
         if not bool(done.all()):
             return t
+        value = value.expand(t.ids.shape)
         if t.kind == "scale":
             assert t.value is not None
             value = value * t.value
@@ -215,14 +258,17 @@ class Hypothesis(Affine):
                 column, y = self._settled_kernel(t.site)
             else:
                 column, y = self._settled_columns(t.site, t.row, t.col)
-            if y is None:
+            done = torch.cat([torch.zeros(1, dtype=torch.bool), column])[compact(t.col).to(torch.int64)]
+            if y is None or not bool(done.any()):
                 out.append(t)
                 continue
-            settled = torch.cat([torch.zeros(1, dtype=torch.bool), column])[t.col.to(torch.int64)]
-            here = settled & (t.row > 0)
-            out.append(Term("known", t.coef, value=torch.where(here, y, 0.0)))
-            if not bool(column.all()):
-                row, col = torch.where(settled, 0.0, t.row), torch.where(settled, 0.0, t.col)
+            if bool(done.all()) and bool((compact(t.row) > 0).all()):
+                out.append(Term("known", t.coef, value=y))
+                continue
+            done = done.expand(shape)
+            out.append(Term("known", t.coef, value=torch.where(done & (t.row > 0), y, 0.0)))
+            row, col = torch.where(done, 0.0, t.row), torch.where(done, 0.0, t.col)
+            if bool((row > 0).any()):
                 out.append(Term("product", t.coef, site=t.site, row=row, col=col))
         return out
 
@@ -241,7 +287,6 @@ class Hypothesis(Affine):
     def _settled_columns(self, site: Site, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor | None]:
         """(which columns of a matrix are settled, the elements of the product with those)."""
         column, y = torch.zeros(site.w.shape[1], dtype=torch.bool), None
-        rows, cols = (row.to(torch.int64) - 1).clamp_min(0), (col.to(torch.int64) - 1).clamp_min(0)
         held = self.holder(site.w.lo)
         if held is not None and site.w.hi < held[0] + held[1]:
             b = self.bound.get(held[2])
@@ -254,9 +299,11 @@ class Hypothesis(Affine):
                     if c is None or not bool(c.any()):
                         continue
                     table = self._table(site, p, local, c)
-                    back = torch.cumsum(c.to(torch.int64), 0) - 1
-                    mine = table[rows, back.clamp_min(0)[cols]]
-                    y = mine if y is None else torch.where(c[cols], mine, y)
+                    place = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(c.to(torch.int64), 0)])
+                    at = compact(col).to(torch.int64)
+                    mine = cells(table, row, place[at].expand(col.shape))
+                    here = torch.cat([torch.zeros(1, dtype=torch.bool), c])[at]
+                    y = mine if y is None else torch.where(here, mine, y)
                     column = column | c
                 return column, y
         elif not any(h[2] in self.bound for n in (site.w.lo, site.w.hi) if (h := self.holder(n)) is not None):
@@ -265,7 +312,7 @@ class Hypothesis(Affine):
         column = done.all(0)
         if not bool(column.any()):
             return column, None
-        return column, (site.x @ torch.where(column, value, 0.0))[rows, cols]
+        return column, cells(site.x @ torch.where(column, value, 0.0), row, col)
 
     def _table(self, site: Site, piece: Piece, local: Grid, column: Tensor) -> Tensor:
         """The product of a site's rows with those of its columns that a piece settles."""
@@ -293,6 +340,42 @@ class Hypothesis(Affine):
                     continue
                 self.env[vid] = t
         return outs
+
+    def open_names(self, vid: int) -> list[str]:
+        """The open tensors that a value is made of directly, by pattern and then by number."""
+        found: dict[str, None] = {}
+        queue, seen = [vid], {vid}
+        while queue:
+            v = queue.pop()
+            value = self.tape.values[v]
+            if value.origin == "param":
+                if not self.ready(v):
+                    found[value.name] = None
+            elif value.origin == "node" and v not in self.env and v not in self.tainted:
+                queue += [i for i in self.tape.nodes[value.node].inputs if i not in seen]
+                seen.update(self.tape.nodes[value.node].inputs)
+        return sorted(found, key=lambda n: (pattern(n), numbers(n)))
+
+    def release(self, node: Node) -> None:
+        """Let go of activations that every consumer has seen."""
+        queue = [i for i in node.inputs if i in self.env]
+        while queue:
+            vid = queue.pop()
+            value = self.tape.values[vid]
+            if not value.data or value.origin != "node" or vid in self.kept:
+                continue
+            if not all(self._done(c) for c in self.tape.consumers[vid]):
+                continue
+            self.env.pop(vid, None)
+            self.gone.add(vid)
+            queue += [i for i in self.tape.nodes[value.node].inputs if i not in self.gone]
+
+    def _done(self, index: int) -> bool:
+        """Is all that a node gives known, or beyond help?"""
+        if index > self.at:
+            return False
+        outs = [o for o in self.tape.nodes[index].outs if o >= 0]
+        return all(o in self.env or o in self.gone or o in self.tainted for o in outs)
 
     def taint(self, node: Node) -> None:
         self.tainted.update(o for o in node.outs if o >= 0)
@@ -374,7 +457,7 @@ class Hypothesis(Affine):
         if found:
             self.where[vid] = found[0]
             self.hits += 1
-        elif self.reference.slices.find(f):
+        elif self.reference.slices(t.numel()).find(f):
             self.hits += 1
             return True
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,10 +89,15 @@ def fingerprint(t: Tensor) -> Fingerprint | None:
         return None
     x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     x = x.reshape(-1)
-    x = torch.where(x.abs() < HUGE, x, 0.0)
     a = x.abs()
-    s = torch.stack([a.sum(), torch.dot(x, x), x.sum(), torch.dot(x, a), a.max(), x.max() - x.min()]).tolist()
-    if not all(map(math.isfinite, s)) or s[0] == 0.0 or s[5] <= 1e-9 * s[4]:
+    top = float(a.max())
+    if not top < HUGE:  # masked, or not a number
+        x = torch.where(a < HUGE, x, 0.0)
+        a = x.abs()
+        top = float(a.max())
+    low, high = torch.aminmax(x)
+    s = torch.stack([a.sum(), torch.dot(x, x), x.sum(), torch.dot(x, a), high - low]).tolist()
+    if not all(map(math.isfinite, s)) or s[0] == 0.0 or s[4] <= 1e-9 * top:
         return None
     return (s[0], s[1], s[2], s[3])
 
@@ -143,6 +149,8 @@ MOVES = frozenset(
 )  # fmt: skip
 # Those of them that keep every element.
 PERMUTING = MOVES - {"expand", "select", "slice", "split", "split_with_sizes", "unbind"}
+MEETS = ("mm", "bmm", "convolution", "mul", "div")  # where weights may meet a known factor
+WINDOW = 96  # values after which it is seen what a value is for
 RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
 # Operators whose result, or its shape, Python reads.
 SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})
@@ -164,7 +172,7 @@ class _Touch(TorchFunctionMode):
 class Recorder(TorchDispatchMode):
     """Records on a Tape what runs inside; use `record()`."""
 
-    def __init__(self, keep: int, sizes: frozenset[int] | None = None) -> None:
+    def __init__(self, keep: int, sizes: frozenset[int] | None = None, spare: bool = False) -> None:
         super().__init__()
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
@@ -173,24 +181,83 @@ class Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
+        self.spare = spare
+        self.held: dict[int, list[int]] = {}  # values whose tensors share their memory with what the program holds
+        self.recent: deque[int] = deque()
 
     # -- values -------------------------------------------------------------------------------------------------------
-    def add(self, t: Tensor, value: Value, *, moved: bool = False) -> int:
-        """Number a value. `moved`: weights in another layout, of which nothing need be kept."""
+    def add(self, t: Tensor, value: Value, *, moved: bool = False, like: Value | None = None) -> int:
+        """Number a value. `moved`: weights in another layout, of which nothing need be kept. `like`: a value of the
+        same elements, and so the same fingerprint."""
         vid = len(self.tape.values)
         told = (self.sizes is None or t.numel() in self.sizes) and not moved
         if value.origin == "node" and (value.data or value.weights) and told:
-            value.fingerprint = fingerprint(t)
-        size = t.numel() * t.element_size()
-        if value.origin != "param" and (not t.is_floating_point() or (told and size <= self.budget)):
-            value.tensor = t.detach().clone()
-            self.budget -= size if t.is_floating_point() else 0
+            value.fingerprint = fingerprint(t) if like is None else like.fingerprint
+        if value.origin != "param" and (not t.is_floating_point() or told):
+            self._hold(t, vid, value)
         self.tape.values.append(value)
         self.tape.consumers.append([])
         self.ids[t] = vid
         if not isinstance(t, twin.Lifted) and t.numel():
             self.storages.setdefault(t.untyped_storage()._cdata, []).append(weakref.ref(t))
         return vid
+
+    def _hold(self, t: Tensor, vid: int, value: Value) -> None:
+        """Keep what a value was; it is copied only when the program writes into its memory."""
+        if isinstance(t, twin.Lifted):
+            value.tensor = twin.lift(t)
+            return
+        key = t.untyped_storage()._cdata
+        if key not in self.held:
+            size = t.untyped_storage().nbytes() if t.is_floating_point() else 0
+            if size > self.budget:
+                return
+            self.budget -= size
+        value.tensor = t.detach()
+        self.held.setdefault(key, []).append(vid)
+        if self.spare and t.is_floating_point() and value.origin == "node":
+            self.recent.append(vid)
+            if len(self.recent) > WINDOW:
+                self._let_go(self.recent.popleft())
+
+    def _let_go(self, vid: int) -> None:
+        """Of a value that only its fingerprint speaks for, the tensor need not be held: it can be made again."""
+        value = self.tape.values[vid]
+        if value.tensor is None or self._needed(vid):
+            return
+        key = value.tensor.untyped_storage()._cdata
+        sharing = [v for v in self.held.get(key, ()) if v != vid]
+        if sharing:
+            self.held[key] = sharing
+        else:
+            self.budget += value.tensor.untyped_storage().nbytes()
+            self.held.pop(key, None)
+        value.tensor = None
+
+    def _needed(self, vid: int) -> bool:
+        """Is it the known factor of a product or a scale, or an addend that is no product itself?"""
+        value = self.tape.values[vid]
+        if not self.tape.consumers[vid]:
+            return True
+        added = barred = False
+        for c in self.tape.consumers[vid]:
+            node = self.tape.nodes[c]
+            name = _name(node.op)
+            if name in MEETS and any(v != vid and self._weight(v) for v in node.inputs):
+                return True
+            if name in MOVES or name in ("cat", "constant_pad_nd", "expand"):
+                if any(self._needed(o) for o in node.outs if o >= 0):
+                    return True
+            elif name in ("add", "sub", "neg", "sum"):
+                added = True
+            else:
+                barred = True
+        made = _name(self.tape.nodes[value.node].op)
+        return added and (barred or made not in (*MEETS, "add", "sub", *MOVES))
+
+    def _weight(self, vid: int) -> bool:
+        v = self.tape.values[vid]
+        return v.weights and not v.data
 
     def vid(self, t: Tensor) -> int:
         """The number of a tensor; one that no recorded operator made is a constant of this program."""
@@ -224,17 +291,16 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, Tensor):
                 refs.append(self.vid(x))
                 return Ref(refs[-1])
-            return twin.lift(x)  # a dtype
+            return twin.lift(x) if isinstance(x, torch.dtype) else x
 
-        lifted_args, lifted_kwargs = tree_map(twin.lift, args), tree_map(twin.lift, kwargs)
-        rargs, rkwargs = tree_map(ref, args), tree_map(ref, kwargs)
-        out = op(*lifted_args, **lifted_kwargs)
+        rargs, rkwargs = twin.mapped(ref, args), {k: twin.mapped(ref, v) for k, v in kwargs.items()}
+        out = twin.call(op, args, kwargs)
         index = len(self.tape.nodes)
         data = any(self.tape.values[v].data for v in refs)
         weights = any(self.tape.values[v].weights for v in refs)
         outs = []
-        name = str(op._schema.name).split("::")[1]
-        random = any(name.lstrip("_").startswith(r) for r in RANDOM)
+        name = _name(op)
+        random = name.lstrip("_").startswith(RANDOM)
         window = _is_view(op) and (isinstance(args[0], twin.Lifted) or args[0] in self.windows)
         for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
             if isinstance(t, Tensor):
@@ -245,7 +311,10 @@ class Recorder(TorchDispatchMode):
                     outs.append(int(known))
                     continue
                 value = Value(tuple(t.shape), t.dtype, origin, node=index, out=i, data=data, weights=weights)
-                outs.append(self.add(t, value, moved=weights and not data and name in MOVES))
+                like = self.tape.values[refs[0]] if name in PERMUTING and len(refs) == 1 else None
+                if like is not None and (like.origin == "param" or math.prod(like.shape) != t.numel()):
+                    like = None
+                outs.append(self.add(t, value, moved=weights and not data and name in MOVES, like=like))
                 if random:
                     self.tape.values[outs[-1]].tensor = t.detach().clone()
             else:
@@ -315,6 +384,9 @@ class Recorder(TorchDispatchMode):
                 out = overlay(alias, new, where, take)
                 self.ids[alias] = self._note(overlay, (Ref(old), Ref(vnew), where, take), out, (old, vnew))
         vnew = self.vid(new)
+        for v in self.held.pop(t.untyped_storage()._cdata, ()):
+            held = self.tape.values[v].tensor
+            self.tape.values[v].tensor = held.clone() if held is not None else None
         t.copy_(new)
         self.ids[t] = vnew
         return t
@@ -332,6 +404,17 @@ class Recorder(TorchDispatchMode):
 
 class NotRecordable(Exception):
     """The program does something that a tape cannot hold."""
+
+
+_NAMES: dict[Any, str] = {}
+
+
+def _name(op: Any) -> str:
+    """aten.view.default -> view; asked for at every call."""
+    found = _NAMES.get(op)
+    if found is None:
+        found = _NAMES[op] = str(op._schema.name).split("::")[1] if hasattr(op, "_schema") else str(op)
+    return found
 
 
 def _is_view(op: Any) -> bool:
@@ -392,15 +475,16 @@ def record(
     keep: int = 1 << 31,
     sizes: frozenset[int] | None = None,
     weights: set[str] | None = None,
+    spare: bool = False,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
     `module` must be a twin (see surgery.twin): its tensors are Lifted stand-ins, and hooks may be put on it. `weights`:
     the state-dict names that count as weights (all of them); the others are constants of the program. `sizes`: how many
     elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held
-    anyway.
+    anyway. `spare`: of activations that no sum of weights refers to, keep the fingerprint only.
     """
-    rec = Recorder(keep, sizes)
+    rec = Recorder(keep, sizes, spare)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers
@@ -429,4 +513,7 @@ def record(
         with twin.LiftConstants(), _Touch(rec), _paths(module, rec.stack), rec:
             out = fn(module, x)
             tape.result = tree_map(lambda t: Ref(rec.vid(t)) if isinstance(t, Tensor) else t, out)
+        for t in tree_iter(out):
+            if isinstance(t, Tensor) and (value := tape.values[rec.vid(t)]).tensor is None and (spare or keep):
+                value.tensor = twin.lift(t).detach()
     return tape

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.mapper.affine import Affine
 from surgery.mapper.grid import Grid, cut, read
-from surgery.mapper.record import FingerprintIndex, Node, Tape, fingerprint
+from surgery.mapper.record import Fingerprint, FingerprintIndex, Node, Tape, fingerprint
 from surgery.mapper.terms import Term, Virtual
 
 
@@ -56,6 +56,8 @@ class Reference(Affine):
         self.scales: list[int] = []
         self.pure: list[int] = []
         self.derived: list[Derived] = []
+        self._read: FingerprintIndex | None = None
+        self._slices: dict[int, FingerprintIndex] = {}
         for i, node in enumerate(tape.nodes):
             kind = self.kind(node)
             if kind == "product":
@@ -64,19 +66,21 @@ class Reference(Affine):
                 self.scales.append(i)
         self._pure()
 
-    @cached_property
-    def slices(self) -> FingerprintIndex:
-        """Parts of values along their second axis: one head of all."""
-        items = []
-        for vid, v in enumerate(self.tape.values):
-            if v.data and v.fingerprint and v.tensor is not None and v.tensor.ndim == 4 and 1 < v.shape[1] <= 64:
-                items += [(vid, fingerprint(part)) for part in v.tensor.unbind(1)]
-        return FingerprintIndex(items)
+    def slices(self, n: int) -> FingerprintIndex:
+        """Parts of n elements of values along their second axis: one head of all."""
+        if n not in self._slices:
+            items = []
+            for vid, v in enumerate(self.tape.values):
+                if v.data and v.fingerprint and len(v.shape) == 4 and 1 < v.shape[1] <= 64:
+                    if math.prod(v.shape) == n * v.shape[1] and (whole := self.known(vid)) is not None:
+                        items += [(vid, fingerprint(part)) for part in whole.unbind(1)]
+            self._slices[n] = FingerprintIndex(items)
+        return self._slices[n]
 
     def known(self, vid: int) -> Tensor | None:
         v = self.tape.values[vid]
         t = v.tensor
-        if t is None and v.origin == "node" and self.weight_only(vid):  # weights in another layout: not held
+        if t is None and v.origin == "node":  # weights in another layout, or what the recorder let go: made again
             t = self.run(self.tape.nodes[v.node], {})
             t = t[v.out] if isinstance(t, (tuple, list)) else t
         return None if t is None else t.to(torch.float64) if t.is_floating_point() else t
@@ -94,10 +98,16 @@ class Reference(Affine):
         outputs = set(self.tape.outputs())
         for v in sorted(pure):
             if self.tape.values[v].origin == "node" and (self.is_end(v) or v in outputs or self._leaves(v, pure)):
-                self.pure.append(v)
+                if not self._matrix(v):
+                    self.pure.append(v)
+
+    def _matrix(self, vid: int) -> bool:
+        """Is it nothing but the matrix of products?"""
+        consumers = [self.tape.nodes[c] for c in self.tape.consumers[vid]]
+        return bool(consumers) and self.weight_only(vid) and all(self.kind(c) == "product" for c in consumers)
 
     def _of_zeros(self, node: Node) -> bool:
-        known = [self.tape.values[v].tensor for v in node.inputs if not self.weight_only(v)]
+        known = [self.known(v) for v in node.inputs if not self.weight_only(v)]
         return bool(known) and all(t is not None and not bool((t != 0).any()) for t in known)
 
     def _leaves(self, vid: int, pure: set[int]) -> bool:
@@ -108,14 +118,33 @@ class Reference(Affine):
         seen, queue = dict.fromkeys(vids), list(vids)
         while queue and len(seen) < limit:
             vid = queue.pop(0)
+            end = self.is_end(vid)
             for c in self.tape.consumers[vid]:
-                if self.kind(self.tape.nodes[c]) in ("layout", "sum"):
+                kind = self.kind(self.tape.nodes[c])
+                if end and kind == "sum" and self._of_two(self.tape.nodes[c]):
+                    continue  # there it stands for itself
+                if kind in ("layout", "sum"):
                     for o in self.tape.nodes[c].outs:
                         if o >= 0 and o not in seen:
                             seen[o] = None
                             queue.append(o)
         outputs = set(self.tape.outputs())
         return sorted(seen, key=lambda v: (not (self.is_end(v) or v in outputs), v))
+
+    def _of_two(self, node: Node) -> bool:
+        return sum(self.tape.values[i].data for i in node.inputs) > 1
+
+    def reading(self, f: Fingerprint | None) -> list[int]:
+        """The products whose known factor has this fingerprint, in the order in which they ran."""
+        if self._read is None:
+            items = []
+            for i in self.products:
+                node = self.tape.nodes[i]
+                for v in node.inputs:
+                    if not self.weight_only(v):
+                        items.append((i, self.tape.values[v].fingerprint))
+            self._read = FingerprintIndex(items)
+        return sorted(set(self._read.find(f)))
 
     def values_of(self, numbers: Tensor) -> Tensor:
         """The values of weight elements, in float64; 0 where the number is 0."""

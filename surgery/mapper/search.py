@@ -10,8 +10,7 @@ all others fail.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
+from surgery.mapper.repeat import moved_on, pattern, recipe
 from surgery.mapper.rows import match_rows, match_sites
-from surgery.mapper.terms import Term, apart
+from surgery.mapper.terms import Site, Term, apart
 from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
 
 WIDTH = 24  # hypotheses that walk in step
@@ -131,6 +131,7 @@ class Search:
                     g.compute(node)
                     node = g.tape.nodes[g.at]
                 g.last = [g.look(o) for o in node.outs if o >= 0]
+            g.release(node)
             g.at += 1
             out.append(g)
         return out
@@ -225,6 +226,10 @@ class Search:
         """All hypotheses in which `vid` is known, or tainted where nothing in the reference fits."""
         if h.known(vid) is not None or vid in h.tainted:
             return [h]
+        names = h.open_names(vid)
+        key = self._key_of(h, vid, names)
+        if key in h.recipes and vid not in h.searched and (g := self._as_before(h, vid, key, names)) is not None:
+            return [g]
         found = self._candidates(h, vid)
         if not found and self._constants(h, vid):
             return [h]
@@ -242,6 +247,8 @@ class Search:
             g.swapped |= match.swapped
             g.score += score
             self._remember(g, match, len(found), node)
+            if (made := recipe(g, names, match.assignments)) is not None:
+                g.recipes[key] = made
             children.append((g, score))
         if not children:
             h.tainted.add(vid)
@@ -261,6 +268,31 @@ class Search:
                 self.reserve += [(1, g) for g in out if g is not supported[0]]
                 out = supported[:1]
         return out
+
+    def _key_of(self, h: Hypothesis, vid: int, names: list[str]) -> tuple[object, ...]:
+        """Alike for the same value of another block."""
+        v = h.tape.values[vid]
+        op = str(h.tape.nodes[v.node].op) if v.node >= 0 else ""
+        settled = tuple(h.bound[n].covered if n in h.bound else 0 for n in names)  # queries come before keys
+        return (v.shape, op, tuple(pattern(n) for n in names), settled)
+
+    def _as_before(
+        self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]
+    ) -> Hypothesis | None:
+        """Settled as the same value of an earlier block was, where what that computes occurs in the reference."""
+        made = h.recipes[key]
+        for assignments in moved_on(made, names, h):
+            g = h.fork()
+            if not g.settle(assignments) or g.known(vid) is None or not g.look(vid):
+                continue
+            h.searched = h.searched | {vid}  # should this lead nowhere, it is searched for here
+            self.reserve.append((1, h))
+            match = Match(assignments)
+            self._remember(g, match, 1, -1)
+            g.recipes[key] = recipe(g, names, assignments) or made
+            g.last = [True]
+            return g
+        return None
 
     def _constants(self, h: Hypothesis, vid: int) -> bool:
         """Buffers that only a comparison, a cast or an index reads (masks) are constants of the target."""
@@ -340,6 +372,10 @@ class Search:
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
         for start, values in self._meeting(h, terms, cut):
+            if start < 0:  # what is nearer has been tried
+                if any(f[0].missing == 0 for f in found):
+                    break
+                continue
             for group in self._nearest(values, shape):
                 best: list[tuple[Match, float, int]] = []
                 for y in group:
@@ -395,8 +431,9 @@ class Search:
 
     def _meeting(
         self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]]
-    ) -> list[tuple[int, list[int]]]:
-        """Where in the reference to look: (a node, the values that follow from it)."""
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Where in the reference to look: (a node, the values that follow from it); (-1, []) before what is only to be
+        tried where the former led nowhere."""
         ref = self.reference
         out: list[tuple[int, list[int]]] = []
         products = [t for t in terms if live(t)]
@@ -404,15 +441,11 @@ class Search:
             lead = products[0]
             assert lead.site is not None
             rows = present_rows(lead)
-            for i in ref.products:
-                node = ref.tape.nodes[i]
-                try:
-                    sites = {id(t.site): t.site for t in cut(ref.terms(node.outs[0])) if t.kind == "product" and t.site}
-                except NotAffine:
-                    continue
-                if any(match_sites(lead.site, s, rows) is not None for s in sites.values() if s is not None):
-                    out.append((i, ref.closure([node.outs[0]])))
-            return out
+            near = ref.reading(fingerprint(lead.site.x))
+            yield from self._read_alike(lead.site, rows, near, cut)
+            yield -1, []
+            yield from self._read_alike(lead.site, rows, [i for i in ref.products if i not in near], cut)
+            return
         scales = [t for t in terms if t.kind == "scale"]
         if scales:
             twins = set()
@@ -425,7 +458,8 @@ class Search:
                     out.append((i, ref.closure([node.outs[0]])))
             if not out and scales[0].value is not None:
                 out = [(i, ref.closure([ref.tape.nodes[i].outs[0]])) for i in self._same_rows(scales[0].value)]
-            return out
+            yield from out
+            return
         total: Tensor | None = None
         for t in terms:
             if t.kind == "known" and t.value is not None:
@@ -437,8 +471,23 @@ class Search:
                     out.append((ref.tape.values[y].node, ref.closure([y])))
                 if out:
                     break
-            return out
-        return [(ref.tape.values[y].node, [y]) for y in ref.pure]
+            yield from out
+            return
+        yield from ((ref.tape.values[y].node, [y]) for y in ref.pure)
+
+    def _read_alike(
+        self, site: Site, rows: Tensor, nodes: list[int], cut: Callable[[list[Term]], list[Term]]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Those of these products that read rows of the site's."""
+        ref = self.reference
+        for i in nodes:
+            out = ref.tape.nodes[i].outs[0]
+            try:
+                sites = {id(t.site): t.site for t in cut(ref.terms(out)) if t.kind == "product" and t.site}
+            except NotAffine:
+                continue
+            if any(match_sites(site, s, rows) is not None for s in sites.values() if s is not None):
+                yield i, ref.closure([out])
 
     def _same_rows(self, value: Tensor) -> list[int]:
         """Scalings in the reference whose known factor holds these rows, and more."""
@@ -502,11 +551,7 @@ def _firsts(m: Match) -> list[int]:
 
 def _place(p: Affine, number: int) -> str:
     found = p.holder(number)
-    return f"{_pattern(found[2])} {(number - found[0]) / found[1]:.6f}" if found is not None else ""
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    return f"{pattern(found[2])} {(number - found[0]) / found[1]:.6f}" if found is not None else ""
 
 
 def _key(m: Match) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,6 +102,38 @@ class Virtual:
     offset: int
     size: int
     how: str = ""  # "reciprocal" where a division by the value was met
+
+
+def compact(t: Tensor) -> Tensor:
+    """An expanded tensor without its repetitions: length 1 along the axes of which it holds one line."""
+    for a, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if n > 1 and s == 0:
+            t = t.narrow(a, 0, 1)
+    return t
+
+
+def varying(t: Tensor) -> list[int]:
+    return [a for a, n in enumerate(t.shape) if n > 1]
+
+
+def cells(table: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """table[row - 1, col - 1], where rows and columns mostly vary along axes of their own: then nothing is gathered."""
+    r, c = compact(row), compact(col)
+    ra, ca = varying(r), varying(c)
+    rows, cols = (r.to(torch.int64) - 1).clamp_min(0), (c.to(torch.int64) - 1).clamp_min(0)
+    if set(ra) & set(ca):
+        return table[rows, cols].expand(row.shape)
+    picked = _lines(_lines(table, 0, rows.reshape(-1)), 1, cols.reshape(-1))
+    picked = picked.reshape([*(row.shape[a] for a in ra), *(row.shape[a] for a in ca)])
+    axes = ra + ca
+    picked = picked.permute([axes.index(a) for a in sorted(axes)])
+    return picked.reshape([row.shape[a] if a in axes else 1 for a in range(row.ndim)]).expand(row.shape)
+
+
+def _lines(t: Tensor, axis: int, index: Tensor) -> Tensor:
+    if len(index) == t.shape[axis] and bool((index == torch.arange(len(index))).all()):
+        return t
+    return t.index_select(axis, index)
 
 
 def apart(terms: list[Term]) -> list[Term] | None:

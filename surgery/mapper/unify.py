@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.mapper.grid import Grid
 from surgery.mapper.record import HUGE
 from surgery.mapper.rows import Rows, match_rows, match_sites
-from surgery.mapper.terms import Term, informative
+from surgery.mapper.terms import Term, compact, informative
 
 
 @dataclass
@@ -169,13 +169,15 @@ def live(t: Term) -> bool:
     assert t.row is not None
     if t.site.conv:
         return informative(t.site.x)
-    return informative(t.site.x[present_rows(t)])
+    rows = present_rows(t)
+    return informative(t.site.x[rows[:4]]) or informative(t.site.x[rows])
 
 
 def present_rows(t: Term) -> Tensor:
     assert t.row is not None
-    along = t.row.ndim > 0 and t.row.stride()[-1] == 0  # broadcast along the columns: one of them is enough
-    rows = _flat(t.row.select(-1, 0)) if along else _flat(t.row)
+    rows = _flat(compact(t.row))
+    if rows.numel() and int(rows[0]) == 1 and int(rows[-1]) == len(rows) and bool((rows[1:] > rows[:-1]).all()):
+        return rows - 1
     seen = torch.zeros(int(rows.max()) + 1 if rows.numel() else 1, dtype=torch.bool)
     seen[rows] = True
     seen[0] = False
