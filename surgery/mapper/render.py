@@ -473,6 +473,8 @@ def complete(b: Bound, reference: Reference) -> Bound:
     """
     if b.full or not b.shape or not b.pieces:
         return b
+    if not any(p.sources for p in b.pieces):
+        return _nothing_but_zeros(b)
     at = torch.cat([p.at.flat() for p in b.pieces])
     order = torch.argsort(at)
     at = at[order]
@@ -500,6 +502,14 @@ def complete(b: Bound, reference: Reference) -> Bound:
             pieces.append(Piece(place, tuple(parts), b.shape))
         return Bound(b.shape, pieces)
     return b
+
+
+def _nothing_but_zeros(b: Bound) -> Bound:
+    """A table of which every row that was reached is one that the source does without: the other rows as well."""
+    reached = torch.cat([p.at.flat() for p in b.pieces]) // math.prod(b.shape[1:])
+    if len(b.shape) < 2 or not bool((torch.unique(reached, return_counts=True)[1] == math.prod(b.shape[1:])).all()):
+        return b
+    return Bound(b.shape, [Piece(Grid.whole(0, b.shape), (), b.shape)])
 
 
 def _laws(rows: list[Tensor], settled: Tensor, n: int, reference: Reference) -> list[tuple[Tensor, list[Grid]]] | None:
