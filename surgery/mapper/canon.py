@@ -27,6 +27,9 @@ class Recorder(Protocol):
     def weights_only(self, t: Tensor) -> bool:
         """Is t made of parameters alone?"""
 
+    def scaled(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(x, w) where t was made as x * w, x depends on the inputs and w is made of parameters alone."""
+
 
 def _channel(x: Tensor, t: Tensor) -> list[int]:
     """The shape in which t, one value a channel, meets x."""
@@ -149,7 +152,16 @@ def _canon() -> dict[Any, Callable[..., Any]]:
     def div(r: Recorder, x: Any, y: Any) -> Any:
         if isinstance(y, Tensor) and isinstance(x, Tensor) and y.is_floating_point() and r.weights_only(y):
             return r.call(aten.mul.Tensor, x, r.call(aten.reciprocal.default, y))  # one spelling for a scale by weights
+        if isinstance(y, Tensor) and isinstance(x, Tensor) and (made := r.scaled(x)) is not None:
+            return r.call(aten.mul.Tensor, r.call(aten.div.Tensor, made[0], y), made[1])  # the scale comes last
         return r.call(aten.div.Tensor, x, y)
+
+    def mul(r: Recorder, x: Any, y: Any) -> Any:
+        if isinstance(y, Tensor) and isinstance(x, Tensor) and not r.weights_only(x) and not r.weights_only(y):
+            for a, b in ((x, y), (y, x)):
+                if (made := r.scaled(a)) is not None:  # (x * w) * y is (x * y) * w
+                    return r.call(aten.mul.Tensor, r.call(aten.mul.Tensor, made[0], b), made[1])
+        return r.call(aten.mul.Tensor, x, y)
 
     def prelu(r: Recorder, x: Any, w: Any) -> Any:
         pos = r.call(aten.clamp_min.default, x, 0)
@@ -179,6 +191,7 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         aten.rsqrt.default: rsqrt,
         aten.pow.Tensor_Scalar: power,
         aten.div.Tensor: div,
+        aten.mul.Tensor: mul,
         aten.stack.default: stack,
         aten.mean.dim: mean,
         aten._prelu_kernel.default: prelu,

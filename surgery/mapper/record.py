@@ -11,7 +11,7 @@ import bisect
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +178,7 @@ class Recorder(TorchDispatchMode):
         self.ids: Any = WeakIdKeyDictionary()
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
         self.windows: Any = WeakIdKeyDictionary()  # what would be a view of a parameter, were it not lifted: a copy
+        self.scales: Any = WeakIdKeyDictionary()  # products of data and weights: what they are made of
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
@@ -272,6 +273,18 @@ class Recorder(TorchDispatchMode):
         value = self.tape.values[self.vid(t)]
         return value.weights and not value.data
 
+    def scaled(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(x, w) where t was made as x * w, and w is made of weights alone; None where one of them was written into."""
+        x, w, *vids = self.scales.get(t, (None, None))
+        return (x, w) if x is not None and [self.vid(t), self.vid(x), self.vid(w)] == vids else None
+
+    def _note_scale(self, args: Sequence[Any], out: Tensor) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        values = [self.tape.values[self.vid(a)] for a in tensors]
+        if [v.data for v in values].count(True) == 1 and any(v.weights and not v.data for v in values):
+            x, w = tensors if values[0].data else reversed(tensors)
+            self.scales[out] = (x, w, self.vid(out), self.vid(x), self.vid(w))
+
     def sync(self, t: Tensor) -> None:
         """Python reads the values of t: remember them, a replay must come to the same."""
         vid = self.vid(t)
@@ -324,6 +337,8 @@ class Recorder(TorchDispatchMode):
         self.tape.nodes.append(Node(op, rargs, rkwargs, tuple(outs), self.where(), tuple(dict.fromkeys(refs))))
         if op is aten._local_scalar_dense.default:
             self.tape.nodes[-1].kwargs = {**rkwargs, "saw": out}
+        if op is aten.mul.Tensor and len(refs) == 2:
+            self._note_scale(args, out)
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
