@@ -147,8 +147,25 @@ class Affine(ABC):
             return "barrier"
         outs = [o for o in node.outs if o >= 0]
         if outs and self.weight_only(outs[0]):
-            return "virtual"
+            return "sum" if self._overwritten(node) is not None else "virtual"
         return "barrier"
+
+    def _overwritten(self, node: Node) -> tuple[int, Any, bool] | None:
+        """(weights, what stands in place of some of them, does the mask choose the weights?) where a mask and the other
+        values are no weights (masked scores); None for any other operator."""
+        name, args = base(node.op), node.args
+        if name == "masked_fill":
+            x, mask, other, chosen = args[0], args[1], args[2], False
+        elif name == "where" and len(args) == 3:
+            mask, (x, other) = args[0], args[1:]
+            chosen = isinstance(x, Ref) and self.tape.values[x.vid].weights
+            x, other = (x, other) if chosen else (other, x)
+        else:
+            return None
+        rest = [r for r in (mask, other) if isinstance(r, Ref)]
+        if not isinstance(x, Ref) or not self.weight_only(x.vid) or any(self.tape.values[r.vid].weights for r in rest):
+            return None
+        return x.vid, other, chosen
 
     # -- terms --------------------------------------------------------------------------------------------------------
     def grid(self, vid: int) -> Grid | None:
@@ -411,6 +428,8 @@ class Affine(ABC):
                     if main is None or bool((main != 0).any()):
                         out.append(part)
             return out
+        if name in ("masked_fill", "where"):
+            return self._masked_weights(node, shape)
         a = node.args[0]
         if name in ("mul", "div"):
             b = node.args[1]
@@ -433,6 +452,19 @@ class Affine(ABC):
             else:
                 out.append(Term("known", s, value=torch.full(shape, float(x), dtype=torch.float64)))
         return out
+
+    def _masked_weights(self, node: Node, shape: tuple[int, ...]) -> list[Term]:
+        """Weights where a mask leaves them, and a known value elsewhere."""
+        found = self._overwritten(node)
+        assert found is not None
+        x, other, chosen = found
+        mask = self.known((node.args[0] if base(node.op) == "where" else node.args[1]).vid)
+        value = self.known(other.vid) if isinstance(other, Ref) else torch.tensor(float(other), dtype=torch.float64)
+        if mask is None or value is None:
+            raise NotAffine(x)
+        keep = (mask if chosen else ~mask).expand(shape)
+        out = [t.mapped(lambda z: torch.where(keep, z.expand(shape), 0.0)) for t in self.terms(x, root=False)]
+        return [*out, Term("known", 1.0, value=torch.where(keep, 0.0, value.to(torch.float64)))]
 
     def _scale(self, node: Node, shape: tuple[int, ...]) -> list[Term]:
         a, b = node.args[0].vid, node.args[1].vid
