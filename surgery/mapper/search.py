@@ -18,6 +18,7 @@ from torch import Tensor
 
 from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine, base
+from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
@@ -140,27 +141,24 @@ class Search:
         """A product of weights with weights (a learned query): settled as the reference's of that shape are."""
         if h.kind(node) != "virtual" or base(node.op) not in ("mm", "bmm"):
             return [h]
-        args = [a.vid for a in node.args[:2]]
-        if all(h.known(v) is not None for v in args):
+        if all(h.known(a.vid) is not None for a in node.args[:2]):
             return [h]
-        shapes = [h.tape.values[v].shape for v in args]
+        mine = _factors(h, node)
         ref = self.reference
         out = []
         for other in ref.tape.nodes:
-            if base(other.op) != base(node.op) or ref.kind(other) != "virtual":
+            if ref.kind(other) != "virtual" or base(other.op) not in ("mm", "bmm"):
                 continue
-            theirs = [a.vid for a in other.args[:2]]
-            if [ref.tape.values[v].shape for v in theirs] != shapes:
-                continue
-            g = h.fork()
-            pairs = [
-                function(g.weight_matrix(a).flat(), ref.weight_matrix(b).flat())
-                for a, b in zip(args, theirs, strict=True)
-            ]
-            if any(p is None for p in pairs):
-                continue
-            if g.settle([Assignment.of(p[0], p[1]) for p in pairs if p is not None]):
-                out += self._settle(g, self._chain_end(g, node.outs[0]))
+            a, b = _factors(ref, other)
+            for theirs in ((a, b), (_mirrored(b), _mirrored(a))):  # a @ b is the transpose of b.T @ a.T
+                if [x.shape for x in theirs] != [x.shape for x in mine]:
+                    continue
+                g = h.fork()
+                pairs = [function(x.flat(), y.flat()) for x, y in zip(mine, theirs, strict=True)]
+                if any(p is None for p in pairs):
+                    continue
+                if g.settle([Assignment.of(p[0], p[1]) for p in pairs if p is not None]):
+                    out += self._settle(g, self._chain_end(g, node.outs[0]))
         return [g for g in out if self._chain_end(g, node.outs[0]) not in g.tainted] or [h]
 
     def _chain_end(self, h: Hypothesis, vid: int) -> int:
@@ -543,6 +541,31 @@ class Search:
         if pairs:
             module = self.reference.tape.nodes[node].module if node >= 0 else ""
             h.choices.append(Choice(tuple(t for t, _ in pairs), tuple(s for _, s in pairs), of, module))
+
+
+def _factors(p: Affine, node: Node) -> tuple[Grid, Grid]:
+    """The numbers of both factors of a product of weights [B, N, K] @ [B, K, M], each row of the first and each column
+    of the second once; B is 1 where one product is made for all of a batch."""
+    a, b = (p.weight_matrix(x.vid) for x in node.args[:2])
+    a, b = (x.unsqueeze(0) if x.ndim == 2 else x for x in (a, b))
+    if all(part.shape[0] == 1 for part in (*a.parts, *b.parts)):
+        a, b = a.narrow(0, 0, 1), b.narrow(0, 0, 1)
+    return _once(a, 1), _once(b, 2)
+
+
+def _once(g: Grid, axis: int) -> Grid:
+    """The lines along an axis without those that stand there already."""
+    if all(part.shape[axis] == 1 for part in g.parts):
+        return g.narrow(axis, 0, 1)
+    lines = g.dense().movedim(axis, 0).flatten(1)
+    _, inverse = torch.unique(lines, dim=0, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(lines), dtype=torch.int64)
+    first.scatter_reduce_(0, inverse, torch.arange(len(lines)), "amin")
+    return g if len(first) == len(lines) else g.take(axis, torch.sort(first).values)
+
+
+def _mirrored(g: Grid) -> Grid:
+    return g.transpose(1, 2)
 
 
 def _firsts(m: Match) -> list[int]:
