@@ -379,13 +379,15 @@ def _by_known(
     if a is not None and b is not None and bool((a != 0).any()):
         ct = next((t.coef for t in target if t.kind == "known"), 1.0)
         cr = next((t.coef for t in source if t.kind == "known"), 1.0)
-        masked = _masked(target, shape_t)
+        masked, theirs = _masked(target, shape_t), _masked(source, shape_r)
         found = [(e, 1.0, 1.0) for e in align_values(a, b)]
         if not found and (ct, cr) != (1.0, 1.0):
             found = [(e, ct, cr) for e in align_values(a / ct, b / cr)]
         for e, ct, cr in found:
             if masked is not None:
                 e = torch.where(masked, -1, e)
+            if theirs is not None:
+                e = torch.where((e >= 0) & ~theirs[e.clamp_min(0)], e, -1)
             m = _rest(e, target, source, ct, cr)
             if m is not None:
                 out.append(m)
