@@ -57,6 +57,8 @@ class Hypothesis(Affine):
         self.maybe = maybe
         self.used: set[int] = set()  # source elements (the first of each assignment) that have found their place
         self.tainted: set[int] = set()
+        self.folds: set[int] = set()  # products of two values whose constant factor a weight has taken
+        self.folded: set[int] = set()  # values that are the reference's times such a factor
         self.at = 0
         self.score = 0.0
         self.hits = 0
@@ -89,6 +91,7 @@ class Hypothesis(Affine):
             setattr(new, name, dict(getattr(self, name)))
         new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
         new.gone = set(self.gone)
+        new.folds, new.folded = set(self.folds), set(self.folded)
         return new
 
     # -- values -------------------------------------------------------------------------------------------------------

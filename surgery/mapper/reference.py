@@ -28,6 +28,7 @@ DERIVE: dict[str, Callable[..., Tensor]] = {
     "square": torch.square,
     "rsqrt_inverse": lambda t: t.square().reciprocal(),
     "shift": lambda t, by: t + by,
+    "scale": lambda t, by: t * by,
     "norm_except": _norm_except,
 }
 
@@ -58,6 +59,7 @@ class Reference(Affine):
         self.derived: list[Derived] = []
         self._read: FingerprintIndex | None = None
         self._slices: dict[int, FingerprintIndex] = {}
+        self.multiples: dict[tuple[int, float], int] = {}  # (a tensor's first number, factor) -> that of the multiple
         for i, node in enumerate(tape.nodes):
             kind = self.kind(node)
             if kind == "product":
@@ -197,6 +199,44 @@ class Reference(Affine):
             else:
                 out.append(t)
         return out
+
+    def times(self, numbers: Grid, by: float) -> Grid:
+        """Numbers for these elements times a constant. A tensor is scaled as a whole and once, so that one element of
+        it has one number however it is come by."""
+        by = float(f"{by:.15g}")  # a constant that was measured and one that was read are one
+        if by == 1.0:
+            return numbers
+        flat = numbers.flat() if numbers.numel() else torch.zeros(0, dtype=torch.int64)
+        spans = [(first, size) for first, size, _ in self.names]
+        spans += [(v.offset, v.size) for v in (*self.virtual.values(), *self.derived)]
+        out = torch.zeros_like(flat)
+        for first, size in spans:
+            if numbers.hi < first or numbers.lo >= first + size:
+                continue
+            offset = self._scaled_whole(first, size, by)
+            if first <= numbers.lo and numbers.hi < first + size:
+                return numbers.shifted(offset - first)
+            here = (flat >= first) & (flat < first + size)
+            out[here] = flat[here] - first + offset
+        return Grid.of(out.reshape(numbers.shape))
+
+    def _scaled_whole(self, first: int, size: int, by: float) -> int:
+        """Where the numbers of a whole tensor times a constant begin."""
+        if (first, by) not in self.multiples:
+            held = self.holder(first)
+            shape = self.tape.values[self.tape.params[held[2]]].shape if held is not None else (size,)
+            self.derive("scale", {"by": by}, torch.arange(first, first + size).reshape(shape))
+            self.multiples[first, by] = self.derived[-1].offset
+        return self.multiples[first, by]
+
+    def plain(self, number: int) -> int:
+        """The element itself, where a number stands for a multiple of one."""
+        for (first, _), offset in self.multiples.items():
+            if offset <= number:
+                d = next(d for d in self.derived if d.offset == offset)
+                if number < offset + d.size:
+                    return number - offset + first
+        return number
 
     def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:
         """Numbers for fn(these elements): source values that a target weight needs and no source tensor holds."""

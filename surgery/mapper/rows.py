@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class Rows:
 
     rows: Tensor  # for each target row, the reference's, or -1
     columns: Tensor | None  # for each target column, the reference's; None: the same
+    gain: float = 1.0  # how many times the target's rows the reference's are
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
@@ -122,8 +124,31 @@ def _keys(s: Site) -> Tensor:
     return s.keys
 
 
-def match_sites(t: Site, r: Site, present: Tensor) -> Rows | None:
-    """Do two products read the same rows? Two convolutions are compared by input and geometry."""
+def match_sites(t: Site, r: Site, present: Tensor, *, scaled: bool = False) -> Rows | None:
+    """Do two products read the same rows? Two convolutions are compared by input and geometry. `scaled`: rows that are
+    those of the other times a constant will do."""
+    found = _same_rows(t, r, present)
+    return found if found is not None or not scaled else _multiples(t, r, present)
+
+
+def _multiples(t: Site, r: Site, present: Tensor) -> Rows | None:
+    """Rows of one product that are those of the other times one constant."""
+    a, b = t.linear(), r.linear()
+    if a is None or b is None or a[0].shape[1] != b[0].shape[1] or not len(present):
+        return None
+    kx, ky = _keys(t), _keys(r)
+    size = kx[present, 0].max()
+    gain = float(ky[:, 0].max() / size) if len(ky) and float(size) > 0 else 0.0
+    if gain == 0.0 or math.isclose(gain, 1.0, rel_tol=CLOSE):
+        return None
+    kx = kx * torch.tensor([gain, gain**2, gain**3], dtype=kx.dtype)
+    if _apart(kx[present], ky):
+        return None
+    found = match_rows(a[0] * gain, present, b[0], keys=(kx, ky))
+    return None if found is None else Rows(found.rows, found.columns, gain)
+
+
+def _same_rows(t: Site, r: Site, present: Tensor) -> Rows | None:
     if t.conv and r.conv:
         if t.w.shape[1:] != r.w.shape[1:] or t.geometry[0] != r.geometry[0] or t.geometry[2:4] != r.geometry[2:4]:
             return None

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery import twin
+from surgery.mapper import coefficients
 from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
@@ -33,6 +35,7 @@ aten = torch.ops.aten
 
 
 Prior = Callable[[str, str], float]
+Found = tuple[Match, float, int]  # a way to settle a value, its score, the node of the reference that led to it
 
 
 class Search:
@@ -247,12 +250,14 @@ class Search:
             self._remember(g, match, len(found), node)
             if (made := recipe(g, names, match.assignments)) is not None:
                 g.recipes[key] = made
+            if match.folds >= 0:
+                g.folded.add(vid)
             children.append((g, score))
         if not children:
             h.tainted.add(vid)
             h.stuck = h.stuck or self._module(h, vid)
             return [h]
-        looks = [g.look(vid) for g, _ in children]
+        looks = [g.look(vid) if vid not in g.folded else None for g, _ in children]
         for (g, _), look in zip(children, looks, strict=True):
             g.last = [look]
         out = [g for g, _ in children]
@@ -317,7 +322,7 @@ class Search:
         node = h.tape.values[vid].node
         return h.tape.nodes[node].module if node >= 0 else h.tape.values[vid].name
 
-    def _candidates(self, h: Hypothesis, vid: int) -> list[tuple[Match, float, int]]:
+    def _candidates(self, h: Hypothesis, vid: int) -> list[Found]:
         try:
             terms = h.terms(vid)
         except NotAffine:
@@ -351,9 +356,38 @@ class Search:
             names.update(h.owner(n)[1] for n in ends if n > 0)
         return names - {""}
 
-    def _unified(
-        self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int
-    ) -> list[tuple[Match, float, int]]:
+    def _unified(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int) -> list[Found]:
+        """The ways to settle a value: as a multiple of one of the reference's, for a constant may follow; where none
+        can follow, or nothing is a multiple, as one of the reference's with the constants in the weights."""
+        found = self._multiples(h, terms, shape)
+        node = h.tape.nodes[h.at] if h.at < len(h.tape.nodes) else None
+        if node is not None and base(node.op) in coefficients.BILINEAR and h.kind(node) == "barrier":
+            found = self._folded(h, node, found)
+        elif any(m.gain != 1.0 for m, _, _ in found):
+            found = found + self._exact(h, terms, shape)
+        return found or self._exact(h, terms, shape)
+
+    def _exact(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
+        told = self._unified_as(h, terms, shape, lambda t: t, exact=True)
+        return [(m, score - 2.0, at) for m, score, at in told if _scales(m)]
+
+    def _folded(self, h: Hypothesis, node: Node, found: list[Found]) -> list[Found]:
+        """Factors of a product of two values: where the reference multiplies by a constant around that product and the
+        target does not, the weights of the factor that is settled first take it."""
+        if h.at in h.folds or not found:
+            return found
+        out = []
+        for m, score, at in found:
+            start = self.reference.tape.nodes[at].outs[0] if at >= 0 else -1
+            factors = coefficients.missing(h, node, self.reference, self.reference.closure([start])) if at >= 0 else []
+            for f in factors:
+                told = [Assignment(a.target, [self.reference.times(s, f) for s in a.sources]) for a in m.assignments]
+                out.append((replace(m, assignments=told, folds=h.at), score, at))
+            if not factors:
+                out.append((m, score, at))
+        return out
+
+    def _multiples(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
         whole = self._unified_as(h, terms, shape, lambda t: t)
         if whole and not all(m.missing for m, _, _ in whole):
             return whole
@@ -363,26 +397,35 @@ class Search:
         return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or t) or whole
 
     def _unified_as(
-        self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], cut: Callable[[list[Term]], list[Term]]
-    ) -> list[tuple[Match, float, int]]:
+        self,
+        h: Hypothesis,
+        terms: list[Term],
+        shape: tuple[int, ...],
+        cut: Callable[[list[Term]], list[Term]],
+        *,
+        exact: bool = False,
+    ) -> list[Found]:
         ref = self.reference
-        found: list[tuple[Match, float, int]] = []
+        found: list[Found] = []
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
-        for start, values in self._meeting(h, terms, cut):
+        for start, values in self._meeting(h, terms, cut, exact):
             if start < 0:  # what is nearer has been tried
                 if any(f[0].missing == 0 for f in found):
                     break
                 continue
             for group in self._nearest(values, shape):
-                best: list[tuple[Match, float, int]] = []
+                best: list[Found] = []
                 for y in group:
                     try:
                         theirs = cut(ref.terms(y))
                     except NotAffine:
                         continue
                     size = math.prod(ref.tape.values[y].shape)
-                    for m in unify(terms, shape, theirs, ref.tape.values[y].shape):
+                    for m in unify(terms, shape, theirs, ref.tape.values[y].shape, exact=exact):
+                        for a in m.assignments:
+                            if a.factors:
+                                a.sources = [ref.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
                         key = _key(m)
                         if key not in seen:
                             seen.add(key)
@@ -428,7 +471,7 @@ class Search:
         return [g for g in (first, [y for y in equal if y not in first], larger, smaller) if g]
 
     def _meeting(
-        self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]]
+        self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]], exact: bool
     ) -> Iterator[tuple[int, list[int]]]:
         """Where in the reference to look: (a node, the values that follow from it); (-1, []) before what is only to be
         tried where the former led nowhere."""
@@ -439,10 +482,10 @@ class Search:
             lead = products[0]
             assert lead.site is not None
             rows = present_rows(lead)
-            near = ref.reading(fingerprint(lead.site.x))
-            yield from self._read_alike(lead.site, rows, near, cut)
+            near = ref.reading(fingerprint(lead.site.x)) if not exact else []
+            yield from self._read_alike(lead.site, rows, near, cut, exact)
             yield -1, []
-            yield from self._read_alike(lead.site, rows, [i for i in ref.products if i not in near], cut)
+            yield from self._read_alike(lead.site, rows, [i for i in ref.products if i not in near], cut, exact)
             return
         scales = [t for t in terms if t.kind == "scale"]
         if scales:
@@ -474,7 +517,7 @@ class Search:
         yield from ((ref.tape.values[y].node, [y]) for y in ref.pure)
 
     def _read_alike(
-        self, site: Site, rows: Tensor, nodes: list[int], cut: Callable[[list[Term]], list[Term]]
+        self, site: Site, rows: Tensor, nodes: list[int], cut: Callable[[list[Term]], list[Term]], exact: bool
     ) -> Iterator[tuple[int, list[int]]]:
         """Those of these products that read rows of the site's."""
         ref = self.reference
@@ -484,7 +527,7 @@ class Search:
                 sites = {id(t.site): t.site for t in cut(ref.terms(out)) if t.kind == "product" and t.site}
             except NotAffine:
                 continue
-            if any(match_sites(site, s, rows) is not None for s in sites.values() if s is not None):
+            if any(match_sites(site, s, rows, scaled=exact) is not None for s in sites.values()):
                 yield i, ref.closure([out])
 
     def _same_rows(self, value: Tensor) -> list[int]:
@@ -515,7 +558,7 @@ class Search:
         for a in m.assignments:
             if a.sources and a.target.numel():
                 t = h.owner(a.target.first)[1]
-                s = self.reference.owner(a.sources[0].first)[1]
+                s = self.reference.owner(self.reference.plain(a.sources[0].first))[1]
                 if t and s:
                     pairs.append((t, s))
         return pairs
@@ -525,7 +568,7 @@ class Search:
         out = []
         for a in m.assignments:
             if a.sources and a.target.numel():
-                t, s = _place(h, a.target.first), _place(self.reference, a.sources[0].first)
+                t, s = _place(h, a.target.first), _place(self.reference, self.reference.plain(a.sources[0].first))
                 if t and s:
                     out.append((t, s))
         return out
@@ -536,6 +579,8 @@ class Search:
         places = self._places(h, m)
         h.supported = fresh and bool(places) and all(s in h.template.get(t, ()) for t, s in places)
         h.used.update(_firsts(m))
+        if m.folds >= 0:
+            h.folds.add(m.folds)
         for t, s in places:
             h.template[t] = h.template.get(t, frozenset()) | {s}
         if pairs:
@@ -566,6 +611,10 @@ def _once(g: Grid, axis: int) -> Grid:
 
 def _mirrored(g: Grid) -> Grid:
     return g.transpose(1, 2)
+
+
+def _scales(m: Match) -> bool:
+    return any(not math.isclose(f, 1.0, rel_tol=1e-12) for a in m.assignments for f in a.factors)
 
 
 def _firsts(m: Match) -> list[int]:

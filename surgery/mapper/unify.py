@@ -24,10 +24,12 @@ from surgery.mapper.terms import Term, compact, informative
 
 @dataclass
 class Assignment:
-    """Target elements and, for each, the source elements whose sum it is; no sources: zero."""
+    """Target elements and, for each, the source elements whose sum it is; no sources: zero. `factors`: what each of
+    the sources is multiplied by (none: all by 1)."""
 
     target: Grid
     sources: list[Grid] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, target: Tensor, *sources: Tensor) -> Assignment:
@@ -43,6 +45,8 @@ class Match:
     missing: int = 0
     zeros: int = 0
     swapped: bool = False  # addends of one sum that could as well change places
+    gain: float = 1.0  # how many times the reference's value the target's is
+    folds: int = -1  # the product of two values (a node of the target) whose constant factor the weights take
 
 
 # -------------------------------------------------------------------------------------------------------- alignment
@@ -184,8 +188,16 @@ def present_rows(t: Term) -> Tensor:
     return torch.nonzero(seen).flatten() - 1
 
 
-def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]) -> list[Match]:
-    """All the ways in which the target's sum can be made equal to the reference's."""
+def unify(
+    target: list[Term],
+    shape_t: tuple[int, ...],
+    source: list[Term],
+    shape_r: tuple[int, ...],
+    *,
+    exact: bool = False,
+) -> list[Match]:
+    """All the ways in which the target's sum can be made equal to the reference's, up to a constant factor (`gain`),
+    by the source's own values. `exact`: equal without such a factor; where constants differ, the weights take them."""
     target, source = _merged(target), _merged(source)
     tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
     ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
@@ -194,15 +206,15 @@ def unify(target: list[Term], shape_t: tuple[int, ...], source: list[Term], shap
         return []  # a product of the reference may be settled, and so known, in the target; never the other way round
     out: list[Match] = []
     if tp:
-        for pairing in _pairings(tp, rp):
-            out += _by_products(pairing, target, shape_t, source, shape_r)
+        for pairing in _pairings(tp, rp, exact):
+            out += _by_products(pairing, target, shape_t, source, shape_r, exact)
     elif ts:
         for perm in itertools.islice(itertools.permutations(rs), 6):
-            out += _by_values(list(zip(ts, perm, strict=True)), target, source)
+            out += _by_values(list(zip(ts, perm, strict=True)), target, source, exact)
             if out:
                 break
     else:
-        out += _by_known(target, shape_t, source, shape_r)
+        out += _by_known(target, shape_t, source, shape_r, exact)
     return out
 
 
@@ -223,8 +235,8 @@ def _merged(terms: list[Term]) -> list[Term]:
     return out
 
 
-def _pairings(tp: list[Term], rp: list[Term]) -> Iterator[list[tuple[Term, Term, Rows]]]:
-    """Products of one side paired with products of the other that read the same rows."""
+def _pairings(tp: list[Term], rp: list[Term], exact: bool) -> Iterator[list[tuple[Term, Term, Rows]]]:
+    """Products of one side paired with products of the other that read the same rows (or multiples of them)."""
 
     def go(i: int, free: list[int], acc: list[tuple[Term, Term, Rows]]) -> Iterator[list[tuple[Term, Term, Rows]]]:
         if i == len(tp):
@@ -234,7 +246,7 @@ def _pairings(tp: list[Term], rp: list[Term]) -> Iterator[list[tuple[Term, Term,
             a, b = tp[i].site, rp[j].site
             assert a is not None
             assert b is not None
-            rows = match_sites(a, b, present_rows(tp[i]))
+            rows = match_sites(a, b, present_rows(tp[i]), scaled=exact)
             if rows is not None:
                 acc.append((tp[i], rp[j], rows))
                 yield from go(i + 1, [f for f in free if f != j], acc)
@@ -249,14 +261,15 @@ def _by_products(
     shape_t: tuple[int, ...],
     source: list[Term],
     shape_r: tuple[int, ...],
+    exact: bool,
 ) -> Iterator[Match] | list[Match]:
     lead_t, lead_r, rows = pairs[0]
     out = []
     for e, ct, cr, penalty in align_products(lead_t, lead_r, rows, shape_t, shape_r):
-        assignments = _weights(lead_t, lead_r, rows, ct, cr)
+        assignments = _weights(lead_t, lead_r, rows, ct, cr, exact)
         ok = assignments is not None
         for t, r, more in pairs[1:]:
-            if not ok or not math.isclose(t.coef / lead_t.coef, r.coef / lead_r.coef, rel_tol=1e-9):
+            if not ok or not (exact or math.isclose(t.coef / lead_t.coef, r.coef / lead_r.coef, rel_tol=1e-9)):
                 ok = False
                 break
             pt = (_flat(t.row) > 0) & (e >= 0)
@@ -267,14 +280,14 @@ def _by_products(
             if pair is None or bool((pair[1] == 0).any()):
                 ok = False
                 break
-            extra = _weights(t, r, more, pair[0] - 1, pair[1] - 1)
+            extra = _weights(t, r, more, pair[0] - 1, pair[1] - 1, exact)
             if extra is None:
                 ok = False
                 break
             assert assignments is not None
             assignments += extra
         if ok and assignments is not None:
-            m = _rest(e, target, source, lead_t.coef, lead_r.coef)
+            m = _rest(e, target, source, lead_t.coef, lead_r.coef, exact)
             if m is not None:
                 m.assignments = assignments + m.assignments
                 m.penalty += penalty
@@ -282,10 +295,11 @@ def _by_products(
     return out
 
 
-def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assignment] | None:
+def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor, exact: bool) -> list[Assignment] | None:
     """The weight matrix of one product from the other's, column by column."""
     assert t.site is not None
     assert r.site is not None
+    factors = [rows.gain * r.coef / t.coef] if exact else []
     if t.site.conv and r.site.conv:
         wt, wr = t.site.w.take(0, ct), r.site.w.take(0, cr)
         if rows.columns is not None:
@@ -303,14 +317,14 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor) -> list[Assig
     if wt.shape != wr.shape:
         return None
     if not wt.holes and not wr.holes:
-        return [Assignment(wt, [wr])]
+        return [Assignment(wt, [wr], factors)]
     it, ir = wt.flat(), wr.flat()
     if bool(((it == 0) & (ir != 0)).any()):
         return None
     keep = it != 0
     it, ir = it[keep], ir[keep]
     zero = ir == 0
-    out = [Assignment.of(it[~zero], ir[~zero])] if not bool(zero.all()) else []
+    out = [Assignment(Grid.of(it[~zero]), [Grid.of(ir[~zero])], factors)] if not bool(zero.all()) else []
     if bool(zero.any()):
         out.append(Assignment.of(it[zero]))
     return out
@@ -320,7 +334,9 @@ def _all(columns: Tensor, n: int) -> bool:
     return len(columns) == n and bool((columns == torch.arange(n)).all())
 
 
-def _by_values(pairs: list[tuple[Term, Term]], target: list[Term], source: list[Term]) -> list[Match]:
+def _by_values(
+    pairs: list[tuple[Term, Term]], target: list[Term], source: list[Term], exact: bool = False
+) -> list[Match]:
     """Scaled values: the same known factor on both sides."""
     lead_t, lead_r = pairs[0]
     if lead_t.value is None or lead_r.value is None:
@@ -341,8 +357,10 @@ def _by_values(pairs: list[tuple[Term, Term]], target: list[Term], source: list[
             if pair is None or bool((pair[1] == 0).any()):
                 break
             assignments.append(Assignment.of(pair[0], pair[1]))
+            if exact:
+                assignments[-1].factors = [r.coef / t.coef]
         else:
-            m = _rest(e, target, source, lead_t.coef, lead_r.coef)
+            m = _rest(e, target, source, lead_t.coef, lead_r.coef, exact)
             if m is not None:
                 m.assignments = assignments + m.assignments
                 out.append(m)
@@ -372,7 +390,7 @@ def _masked(terms: list[Term], shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _by_known(
-    target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...]
+    target: list[Term], shape_t: tuple[int, ...], source: list[Term], shape_r: tuple[int, ...], exact: bool
 ) -> list[Match]:
     a, b = _total(target, "known", shape_t), _total(source, "known", shape_r)
     out = []
@@ -381,32 +399,34 @@ def _by_known(
         cr = next((t.coef for t in source if t.kind == "known"), 1.0)
         masked, theirs = _masked(target, shape_t), _masked(source, shape_r)
         found = [(e, 1.0, 1.0) for e in align_values(a, b)]
-        if not found and (ct, cr) != (1.0, 1.0):
+        if not found and (ct, cr) != (1.0, 1.0) and not exact:
             found = [(e, ct, cr) for e in align_values(a / ct, b / cr)]
         for e, ct, cr in found:
             if masked is not None:
                 e = torch.where(masked, -1, e)
             if theirs is not None:
                 e = torch.where((e >= 0) & ~theirs[e.clamp_min(0)], e, -1)
-            m = _rest(e, target, source, ct, cr)
+            m = _rest(e, target, source, ct, cr, exact)
             if m is not None:
                 out.append(m)
     elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
         lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
         lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
         for k, e in enumerate(_orders(shape_t, shape_r)):
-            m = _rest(e, target, source, lead_t, lead_r)
+            m = _rest(e, target, source, lead_t, lead_r, exact)
             if m is not None:
                 m.penalty += k
                 out.append(m)
     return out
 
 
-def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: float) -> Match | None:
+def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: float, exact: bool) -> Match | None:
     """Assign the weights that stand alone in the sums (biases, table rows, tokens), element by element under e."""
     us = [t for t in target if t.kind == "weight"]
     vs = [t for t in source if t.kind == "weight"]
-    m = Match([])
+    if exact:
+        ct = cr = 1.0
+    m = Match([], gain=ct / cr)
     if not us and not vs:
         return m
     here = e >= 0
@@ -423,7 +443,7 @@ def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: floa
         at = code == pattern
         mine = [k for k in range(len(us)) if pattern >> k & 1]
         theirs = [k for k in range(len(vs)) if pattern >> (len(us) + k) & 1]
-        if not _region(at, mine, theirs, iu, iv, signs_u, signs_v, m):
+        if not _region(at, mine, theirs, iu, iv, signs_u, signs_v, m, exact):
             return None
     return m
 
@@ -437,6 +457,7 @@ def _region(
     su: list[float],
     sv: list[float],
     m: Match,
+    exact: bool,
 ) -> bool:
     """One set of elements in which the same weights stand on both sides."""
     u = {k: iu[k][at] for k in mine}
@@ -445,7 +466,7 @@ def _region(
         (i, j): f
         for i in mine
         for j in theirs
-        if math.isclose(su[i], sv[j], rel_tol=1e-9) and (f := function(u[i], v[j])) is not None
+        if (exact or math.isclose(su[i], sv[j], rel_tol=1e-9)) and (f := function(u[i], v[j])) is not None
     }
     taken: dict[int, list[int]] = {i: [] for i in mine}
     left = set(theirs)
@@ -475,6 +496,8 @@ def _region(
             continue
         keys = forward[i, taken[i][0]][0]
         m.assignments.append(Assignment.of(keys, *(forward[i, j][1] for j in taken[i])))
+        if exact:
+            m.assignments[-1].factors = [sv[j] / su[i] for j in taken[i]]
     return True
 
 

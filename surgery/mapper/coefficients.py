@@ -1,0 +1,85 @@
+"""Constants that a program multiplies by: where they stand, and whether weights must take them.
+
+A product of two values, as the scores of attention are one, says nothing of how a constant factor is shared among its
+two factors and itself. What the weights of either factor are is therefore settled up to a constant; here it is found
+out whether the constants that both programs spell out make up for one another.
+"""
+
+from __future__ import annotations
+
+import math
+
+from surgery.mapper.affine import Affine, base
+from surgery.mapper.record import Node, Ref
+
+BILINEAR = frozenset({"mm", "bmm", "mul", "div", "convolution"})
+
+
+def of(p: Affine, node: Node) -> float | None:
+    """The constant by which an operator multiplies a value; None where it does not."""
+    name = base(node.op)
+    if name == "neg":
+        return -1.0
+    if name not in ("mul", "div") or len(node.args) < 2:
+        return None
+    numbers = [a for a in node.args[:2] if not isinstance(a, Ref)]
+    if len(numbers) != 1 or not isinstance(numbers[0], (int, float)):
+        return None
+    return float(numbers[0]) if name == "mul" else 1.0 / float(numbers[0])
+
+
+def before(p: Affine, vid: int) -> list[float]:
+    """The constants that a value was multiplied by since the products that it is a sum of."""
+    out, queue, seen = [], [vid], set()
+    while queue:
+        v = queue.pop()
+        value = p.tape.values[v]
+        if v in seen or value.origin != "node" or not value.data:
+            continue
+        seen.add(v)
+        node = p.tape.nodes[value.node]
+        if p.kind(node) in ("layout", "sum"):
+            out += [c for c in [of(p, node)] if c is not None]
+            queue += node.inputs
+    return out
+
+
+def after(p: Affine, vid: int) -> list[float]:
+    """The constants that a value is multiplied by before an operation that is not linear."""
+    out, queue, seen = [], [vid], set()
+    while queue:
+        v = queue.pop()
+        for c in p.tape.consumers[v]:
+            node = p.tape.nodes[c]
+            if c not in seen and p.kind(node) in ("layout", "sum"):
+                seen.add(c)
+                out += [x for x in [of(p, node)] if x is not None]
+                queue += [o for o in node.outs if o >= 0]
+    return out
+
+
+def stated(p: Affine, node: Node) -> list[float]:
+    """All constants around a product of two values."""
+    a, b = (x.vid for x in node.args[:2])
+    return [*before(p, a), *before(p, b), *after(p, node.outs[0])]
+
+
+def meets(p: Affine, vids: list[int]) -> list[int]:
+    """The products of two values (nodes) that one of these values is a factor of."""
+    out = []
+    for v in vids:
+        for c in p.tape.consumers[v]:
+            node = p.tape.nodes[c]
+            if base(node.op) in ("mm", "bmm") and p.kind(node) == "barrier":
+                out.append(c)
+    return list(dict.fromkeys(out))
+
+
+def missing(target: Affine, node: Node, reference: Affine, vids: list[int]) -> list[float]:
+    """The factors that the reference spells out around the products of these values, and that the target leaves to its
+    weights: at this product of its own it multiplies by nothing at all. A target that does multiply says itself which
+    function it is."""
+    if stated(target, node):
+        return []
+    found = [math.prod(stated(reference, reference.tape.nodes[c])) for c in meets(reference, vids)]
+    return list(dict.fromkeys(f for f in found if f != 0.0 and not math.isclose(f, 1.0, rel_tol=1e-12)))
