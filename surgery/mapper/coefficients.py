@@ -12,10 +12,12 @@ import math
 from surgery.mapper.affine import Affine, base
 from surgery.mapper.record import Node, Ref
 
+LINEAR = ("layout", "sum", "scale")
+ELEMENTWISE = ("mul", "div", "where", "masked_fill")  # masks, as some write them
 BILINEAR = frozenset({"mm", "bmm", "mul", "div", "convolution"})
 
 
-def of(p: Affine, node: Node) -> float | None:
+def of(node: Node) -> float | None:
     """The constant by which an operator multiplies a value; None where it does not."""
     name = base(node.op)
     if name == "neg":
@@ -28,19 +30,26 @@ def of(p: Affine, node: Node) -> float | None:
     return float(numbers[0]) if name == "mul" else 1.0 / float(numbers[0])
 
 
+def _constant(p: Affine, node: Node) -> list[float]:
+    """The constant that stands there; a learned scale is one that may have any value."""
+    found = of(node)
+    return [found] if found is not None else [1.0] if p.kind(node) == "scale" else []
+
+
 def before(p: Affine, vid: int) -> list[float]:
     """The constants that a value was multiplied by since the products that it is a sum of."""
     out, queue, seen = [], [vid], set()
     while queue:
         v = queue.pop()
         value = p.tape.values[v]
-        if v in seen or value.origin != "node" or not value.data:
+        if v in seen or value.origin != "node":
             continue
         seen.add(v)
         node = p.tape.nodes[value.node]
-        if p.kind(node) in ("layout", "sum"):
-            out += [c for c in [of(p, node)] if c is not None]
-            queue += node.inputs
+        if p.kind(node) in LINEAR:
+            out += _constant(p, node)
+            told = [i for i in node.inputs if p.tape.values[i].data]  # a bias beside it does not count
+            queue += told or node.inputs
     return out
 
 
@@ -51,9 +60,9 @@ def after(p: Affine, vid: int) -> list[float]:
         v = queue.pop()
         for c in p.tape.consumers[v]:
             node = p.tape.nodes[c]
-            if c not in seen and p.kind(node) in ("layout", "sum"):
+            if c not in seen and (p.kind(node) in LINEAR or base(node.op) in ELEMENTWISE):
                 seen.add(c)
-                out += [x for x in [of(p, node)] if x is not None]
+                out += _constant(p, node)
                 queue += [o for o in node.outs if o >= 0]
     return out
 
@@ -64,13 +73,28 @@ def stated(p: Affine, node: Node) -> list[float]:
     return [*before(p, a), *before(p, b), *after(p, node.outs[0])]
 
 
+def bilinear(p: Affine, node: Node) -> bool:
+    """A product of two values, neither of which is a weight as it is stored (but may be computed from weights)."""
+    if base(node.op) not in BILINEAR or not all(isinstance(a, Ref) for a in node.args[:2]):
+        return False
+    if p.kind(node) == "barrier":
+        return True
+    weights = [a.vid for a in node.args[:2] if p.weight_only(a.vid)]
+    return p.kind(node) in ("product", "scale") and all(_computed(p, v) for v in weights)
+
+
+def _computed(p: Affine, vid: int) -> bool:
+    g = p.grid(vid)
+    return g is None or g.hi >= p.real_end
+
+
 def meets(p: Affine, vids: list[int]) -> list[int]:
     """The products of two values (nodes) that one of these values is a factor of."""
     out = []
     for v in vids:
         for c in p.tape.consumers[v]:
             node = p.tape.nodes[c]
-            if base(node.op) in ("mm", "bmm") and p.kind(node) == "barrier":
+            if base(node.op) in ("mm", "bmm") and bilinear(p, node):
                 out.append(c)
     return list(dict.fromkeys(out))
 

@@ -238,6 +238,17 @@ class Reference(Affine):
                     return number - offset + first
         return number
 
+    def spans(self) -> list[int]:
+        return [*super().spans(), *self.multiples.values()]
+
+    def shape_of(self, number: int) -> tuple[int, tuple[int, ...]] | None:
+        """(first number, shape) of the tensor, or the multiple of one, that holds an element."""
+        plain = self.plain(number)
+        held = self.holder(plain)
+        if held is None:
+            return None
+        return number - plain + held[0], self.tape.values[self.tape.params[held[2]]].shape
+
     def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:
         """Numbers for fn(these elements): source values that a target weight needs and no source tensor holds."""
         value = DERIVE[fn](self.values_of(numbers.to(torch.int64)), **params)

@@ -521,7 +521,7 @@ def _laws(rows: list[Tensor], settled: Tensor, n: int, reference: Reference) -> 
             return None
         where = torch.nonzero(torch.stack([law.valid for law in laws]).all(0)).flatten()
         return [(where, [law.rows(where) for law in laws])]
-    edges = torch.tensor(reference.firsts)
+    edges = torch.tensor(sorted(reference.spans()))
     owner = torch.bucketize(rows[0][:, 0].contiguous(), edges, right=True)
     claims = torch.zeros(n, dtype=torch.int64)
     taken = torch.zeros(n, dtype=torch.bool)
@@ -561,11 +561,10 @@ def _law(rows: Tensor, settled: Tensor, n: int, reference: Reference) -> _Law | 
     """The law that the settled rows follow, or None."""
     at = int(settled[0])
     start = rows[0]
-    held = reference.holder(int(start[0]))
+    held = reference.shape_of(int(start[0]))
     if held is None:
         return None
-    first, size, name = held
-    shape = reference.tape.values[reference.tape.params[name]].shape
+    first, shape = held
     if len(settled) > 1:
         gap = rows[1:] - start
         steps = gap // (settled[1:] - at).unsqueeze(1)
@@ -577,7 +576,7 @@ def _law(rows: Tensor, settled: Tensor, n: int, reference: Reference) -> _Law | 
     else:
         step = math.prod(shape[1:])
     local = start - first
-    if int(local.min()) < 0 or int(local.max()) >= size:
+    if int(local.min()) < 0 or int(local.max()) >= math.prod(shape):
         return None
     length = next((shape[a] for a in range(len(shape)) if math.prod(shape[a + 1 :]) == step and shape[a] > 1), None)
     if length is None:

@@ -238,7 +238,7 @@ class Search:
             h.tainted.add(vid)
             h.stuck = h.stuck or h.tape.values[vid].name or self._module(h, vid)
             return [h]
-        children = []
+        children, matches = [], []
         for match, score, node in found:
             g = h.fork() if len(found) > 1 else h
             if not g.settle(match.assignments):
@@ -253,15 +253,18 @@ class Search:
             if match.folds >= 0:
                 g.folded.add(vid)
             children.append((g, score))
+            matches.append(match)
         if not children:
             h.tainted.add(vid)
             h.stuck = h.stuck or self._module(h, vid)
             return [h]
         looks = [g.look(vid) if vid not in g.folded else None for g, _ in children]
-        for (g, _), look in zip(children, looks, strict=True):
-            g.last = [look]
         out = [g for g, _ in children]
-        if any(looks) and not all(looks):
+        # A multiple of the reference's value need not occur in it: one with the constant in its weights is no better.
+        better = any(look and not _scales(m) for look, m in zip(looks, matches, strict=True))
+        for g, look in zip(out, looks, strict=True):
+            g.last = [look if better or look or not any(looks) else None]
+        if better and not all(looks):
             self.reserve += [(0, g) for g, look in zip(out, looks, strict=True) if not look]
             out = [g for g, look in zip(out, looks, strict=True) if look]
         if len(out) > 1:
@@ -361,20 +364,17 @@ class Search:
         can follow, or nothing is a multiple, as one of the reference's with the constants in the weights."""
         found = self._multiples(h, terms, shape)
         node = h.tape.nodes[h.at] if h.at < len(h.tape.nodes) else None
-        if node is not None and base(node.op) in coefficients.BILINEAR and h.kind(node) == "barrier":
+        if node is not None and coefficients.bilinear(h, node):
             found = self._folded(h, node, found)
-        elif any(m.gain != 1.0 for m, _, _ in found):
-            found = found + self._exact(h, terms, shape)
-        return found or self._exact(h, terms, shape)
-
-    def _exact(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
-        told = self._unified_as(h, terms, shape, lambda t: t, exact=True)
-        return [(m, score - 2.0, at) for m, score, at in told if _scales(m)]
+        elif found and (node is None or any(m.gain != 1.0 for m, _, _ in found)):
+            exact = self._unified_as(h, terms, shape, lambda t: t, exact=True)
+            found = found + [(m, score - 2.0, at) for m, score, at in exact if _scales(m)]
+        return found or self._unified_as(h, terms, shape, lambda t: t, exact=True)
 
     def _folded(self, h: Hypothesis, node: Node, found: list[Found]) -> list[Found]:
         """Factors of a product of two values: where the reference multiplies by a constant around that product and the
         target does not, the weights of the factor that is settled first take it."""
-        if h.at in h.folds or not found:
+        if h.at in h.folds or base(node.op) not in ("mm", "bmm"):
             return found
         out = []
         for m, score, at in found:
@@ -414,7 +414,7 @@ class Search:
                 if any(f[0].missing == 0 for f in found):
                     break
                 continue
-            for group in self._nearest(values, shape):
+            for group in self._nearest(values, shape, exact):
                 best: list[Found] = []
                 for y in group:
                     try:
@@ -438,10 +438,11 @@ class Search:
         found.sort(key=lambda f: (f[0].missing, -f[1]))
         return found[:WIDTH]
 
-    def _nearest(self, values: list[int], shape: tuple[int, ...]) -> list[list[int]]:
+    def _nearest(self, values: list[int], shape: tuple[int, ...], exact: bool) -> list[list[int]]:
         """Values of the reference in the order in which to try them: ends of the same size, others of it, larger.
 
-        Of values that are one value moved or scaled, one is enough: that in the target's shape, else the last.
+        Of values that are one value moved or scaled, one is enough: that in the target's shape, else the last. `exact`:
+        a value that was scaled is another.
         """
         ref, n = self.reference, math.prod(shape)
         values_of = ref.tape.values
@@ -457,6 +458,7 @@ class Search:
                 else False
             )
             plain = node is not None and not any(isinstance(a, Ref) for a in node.args[1:])
+            plain = plain and not (exact and node is not None and coefficients.of(node) is not None)
             root[y] = root.get(data[0], y) if alone and plain and size.get(data[0]) == size[y] else y
         chosen: dict[int, int] = {}
         for y in sorted(values):

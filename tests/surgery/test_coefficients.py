@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import surgery
 from surgery.errors import GraftError
@@ -92,7 +91,7 @@ class Attention(nn.Module):
 class Served(nn.Module):
     """One product for all three, keys first, and no scale anywhere. `turned`: scores are keys by queries."""
 
-    def __init__(self, *, turned: bool = False, act: Callable[[Tensor], Tensor] = nn.Identity(), eps: float = 1e-5):
+    def __init__(self, *, turned: bool = False, act: Callable[[Tensor], Tensor] = torch.clone, eps: float = 1e-5):
         super().__init__()
         self.turned, self.act = turned, act
         self.norm = nn.LayerNorm(WIDTH, eps=eps)
@@ -143,11 +142,17 @@ class Words(nn.Module):
     """`before`, `after`: constants by which the looked-up rows, and the rows that the head sees, are multiplied."""
 
     def __init__(
-        self, before: float | None = None, after: float | None = None, *, tied: bool, last: float | None = None
-    ):
+        self,
+        before: float | None = None,
+        after: float | None = None,
+        *,
+        tied: bool,
+        last: float | None = None,
+        gain: bool = True,
+    ) -> None:
         super().__init__()
         self.before, self.after, self.last = before, after, last
-        self.words, self.norm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)
+        self.words, self.norm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=gain)
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         if tied:
@@ -173,16 +178,30 @@ def test_a_head_takes_the_constant_after_it() -> None:
 
 
 def test_a_constant_that_only_the_target_spells_out_is_taken_back() -> None:
-    found = grafted(Words(tied=False), Words(after=0.5, tied=False), tokens)
-    assert found["head.weight"] == "scale(head.weight, by=2.0)"
+    target = Words(after=0.5, tied=False, gain=False)
+    assert grafted(Words(tied=False, gain=False), target, tokens)["head.weight"] == "scale(head.weight, by=2.0)"
 
 
 def test_the_same_constant_elsewhere_needs_no_scaling() -> None:
-    assert grafted(Words(after=0.3, tied=False), Words(last=0.3, tied=False), tokens)["head.weight"] == "head.weight"
+    found = grafted(Words(after=0.3, tied=False), Words(last=0.3, tied=False), tokens)
+    assert found["head.weight"] == "head.weight"
+    assert found["norm.weight"] == "norm.weight"
+
+
+def test_where_a_tied_table_cannot_take_a_constant_the_norm_before_it_does() -> None:
+    found = grafted(Words(after=0.3, tied=True), Words(tied=True), tokens)
+    assert found["norm.weight"] == "scale(norm.weight, by=0.3)"
+    assert found["norm.bias"] == "scale(norm.bias, by=0.3)"
 
 
 def test_a_tied_table_cannot_be_scaled_at_one_end_only() -> None:
-    refused(Words(after=0.3, tied=True), Words(tied=True), tokens)
+    refused(Words(after=0.3, tied=True, gain=False), Words(tied=True, gain=False), tokens)
+
+
+def test_rows_of_a_table_take_the_constant_that_follows() -> None:
+    found = grafted(Words(before=4.0, tied=False), Words(tied=False), tokens)
+    assert found["words.weight"] == "scale(words.weight, by=4.0)"
+    assert found["mix.weight"] == "mix.weight"
 
 
 class Typed(nn.Module):
@@ -303,7 +322,7 @@ class Pooled(nn.Module):
 class Kernel(nn.Module):
     """The same by hand, kernels [width, heads, each]."""
 
-    def __init__(self, *, per: float = math.sqrt(EACH)) -> None:
+    def __init__(self, *, per: float | None = math.sqrt(EACH)) -> None:
         super().__init__()
         self.per = per
         self.seed = nn.Parameter(torch.randn(WIDTH))
@@ -312,9 +331,11 @@ class Kernel(nn.Module):
         self.o = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = torch.einsum("d,dhk->hk", self.seed, self.q) + self.b
+        seed = self.seed.expand(len(x), -1)
+        q = torch.einsum("bd,dhk->bhk", seed, self.q) + self.b
         k, v = (torch.einsum("btd,dhk->bthk", x, w) + c for w, c in ((self.k, self.c), (self.v, self.d)))
-        w = (torch.einsum("hk,bthk->bht", q, k) / self.per).softmax(-1)
+        w = torch.einsum("bhk,bthk->bht", q, k)
+        w = (w if self.per is None else w / self.per).softmax(-1)
         return self.o(torch.einsum("bht,bthk->bhk", w, v).flatten(1)).unsqueeze(1)
 
 
@@ -322,6 +343,12 @@ def test_a_learned_query_in_another_spelling() -> None:
     found = grafted(Pooled(), Kernel())
     assert found["seed"] == f"reshape(seed, shape=({WIDTH},))"
     assert found["q"].startswith("reshape(transpose(slice(att.in_proj_weight")
+
+
+def test_keys_take_the_scale_of_a_learned_query() -> None:
+    found = grafted(Pooled(), Kernel(per=None))
+    assert "scale" not in found["q"]
+    assert found["k"].startswith("reshape(transpose(slice(scale(att.in_proj_weight, by=0.5)")
 
 
 def test_a_learned_query_with_another_scale_is_refused() -> None:
