@@ -3,6 +3,7 @@
 record     what a run shows: a tape of operators
 canon      operators in one spelling
 affine     values as sums of terms linear in the weights
+coefficients    constants that weights must take
 unify      where two sums meet
 invert     weights computed from weights
 reference, hypothesis, search    the walk over the target's tape
@@ -214,14 +215,23 @@ def _plan(
     diagnosis = "" if found else _diagnosis(h)
     if found and unrendered:
         diagnosis = "the mapping was found but has no expression for " + "; ".join(unrendered[:4])
-    either = "addends of one sum (biases of one gate or kernel) could change places: any choice is the same"
+    symmetries = []
+    if h.swapped:
+        symmetries.append(
+            "addends of one sum (biases of one gate or kernel) could change places: any choice is the same"
+        )
+    if h.folds:
+        symmetries.append(
+            "a constant by which the reference multiplies a product of two values (scores of attention) is in the weights "
+            "of one of the two: in those of the other it would be the same"
+        )
     return Plan(
         rows=tuple(rows[name] for name in own),
         dropped=tuple(Dropped(n, _why_dropped(n, h, links)) for n in source if n not in used),
         source=Stamp.of(source, source.source),
         target=Stamp.of({n: info_of(t) for n, t in own.items()}, type(target).__name__),
         verdict="refuted" if diagnosis else None,
-        symmetries=(either,) if h.swapped else (),
+        symmetries=tuple(symmetries),
         diagnosis=diagnosis,
     )
 

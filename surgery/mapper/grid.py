@@ -201,6 +201,16 @@ class Grid:
         parts = [p.index_select(axis, index) if p.shape[axis] > 1 else p for p in self.parts]
         return Grid([len(index) if a == axis else n for a, n in enumerate(self.shape)], self.base, parts)
 
+    def once(self, axis: int) -> Grid:
+        """The lines along an axis without those that stand there already."""
+        if all(p.shape[axis] == 1 for p in self.parts):
+            return self.narrow(axis, 0, 1)
+        lines = self.dense().movedim(axis, 0).flatten(1)
+        _, inverse = torch.unique(lines, dim=0, return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1,), len(lines), dtype=torch.int64)
+        first.scatter_reduce_(0, inverse, torch.arange(len(lines)), "amin")
+        return self if len(first) == len(lines) else self.take(axis, torch.sort(first).values)
+
     def narrow(self, axis: int, start: int, length: int) -> Grid:
         return self.viewed(lambda t: t.narrow(axis, start, length))
 

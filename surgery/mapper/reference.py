@@ -208,7 +208,7 @@ class Reference(Affine):
             return numbers
         flat = numbers.flat() if numbers.numel() else torch.zeros(0, dtype=torch.int64)
         spans = [(first, size) for first, size, _ in self.names]
-        spans += [(v.offset, v.size) for v in (*self.virtual.values(), *self.derived)]
+        spans += [(u.offset, u.size) for u in self.virtual.values()] + [(d.offset, d.size) for d in self.derived]
         out = torch.zeros_like(flat)
         for first, size in spans:
             if numbers.hi < first or numbers.lo >= first + size:

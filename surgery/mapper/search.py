@@ -153,7 +153,7 @@ class Search:
             if ref.kind(other) != "virtual" or base(other.op) not in ("mm", "bmm"):
                 continue
             a, b = _factors(ref, other)
-            for theirs in ((a, b), (_mirrored(b), _mirrored(a))):  # a @ b is the transpose of b.T @ a.T
+            for theirs in ((a, b), (b.transpose(1, 2), a.transpose(1, 2))):  # a @ b is the transpose of b.T @ a.T
                 if [x.shape for x in theirs] != [x.shape for x in mine]:
                     continue
                 g = h.fork()
@@ -378,8 +378,8 @@ class Search:
             return found
         out = []
         for m, score, at in found:
-            start = self.reference.tape.nodes[at].outs[0] if at >= 0 else -1
-            factors = coefficients.missing(h, node, self.reference, self.reference.closure([start])) if at >= 0 else []
+            alike = self.reference.closure([m.like]) if m.like >= 0 else []
+            factors = coefficients.missing(h, node, self.reference, alike)
             for f in factors:
                 told = [Assignment(a.target, [self.reference.times(s, f) for s in a.sources]) for a in m.assignments]
                 out.append((replace(m, assignments=told, folds=h.at), score, at))
@@ -423,6 +423,7 @@ class Search:
                         continue
                     size = math.prod(ref.tape.values[y].shape)
                     for m in unify(terms, shape, theirs, ref.tape.values[y].shape, exact=exact):
+                        m.like = y
                         for a in m.assignments:
                             if a.factors:
                                 a.sources = [ref.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
@@ -597,22 +598,7 @@ def _factors(p: Affine, node: Node) -> tuple[Grid, Grid]:
     a, b = (x.unsqueeze(0) if x.ndim == 2 else x for x in (a, b))
     if all(part.shape[0] == 1 for part in (*a.parts, *b.parts)):
         a, b = a.narrow(0, 0, 1), b.narrow(0, 0, 1)
-    return _once(a, 1), _once(b, 2)
-
-
-def _once(g: Grid, axis: int) -> Grid:
-    """The lines along an axis without those that stand there already."""
-    if all(part.shape[axis] == 1 for part in g.parts):
-        return g.narrow(axis, 0, 1)
-    lines = g.dense().movedim(axis, 0).flatten(1)
-    _, inverse = torch.unique(lines, dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(lines), dtype=torch.int64)
-    first.scatter_reduce_(0, inverse, torch.arange(len(lines)), "amin")
-    return g if len(first) == len(lines) else g.take(axis, torch.sort(first).values)
-
-
-def _mirrored(g: Grid) -> Grid:
-    return g.transpose(1, 2)
+    return a.once(1), b.once(2)
 
 
 def _scales(m: Match) -> bool:

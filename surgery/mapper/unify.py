@@ -46,6 +46,7 @@ class Match:
     zeros: int = 0
     swapped: bool = False  # addends of one sum that could as well change places
     gain: float = 1.0  # how many times the reference's value the target's is
+    like: int = -1  # the value of the reference that was matched
     folds: int = -1  # the product of two values (a node of the target) whose constant factor the weights take
 
 

@@ -111,6 +111,26 @@ def test_a_scale_that_the_target_has_in_its_queries(halves: bool) -> None:
     assert found["out.weight"] == "o.weight"
 
 
+class Fused(nn.Module):
+    """One product for all three, and the scale spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.out((scaled(q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_of_a_fused_product_only_the_queries_take_the_scale() -> None:
+    found = grafted(Fused(), Attention(None))
+    assert found["q.weight"] == f"slice(scale(qkv.weight, by=0.5), axis=0, start=0, stop={WIDTH})"
+    assert found["v.weight"] == f"slice(qkv.weight, axis=0, start={2 * WIDTH}, stop={3 * WIDTH})"
+    assert found["o.weight"] == "out.weight"
+
+
 def test_a_scale_goes_into_the_factor_that_stands_first() -> None:
     found = grafted(Attention(), Served(turned=True))
     assert found["kqv.weight"] == "cat(scale(k.weight, by=0.5), q.weight, v.weight, axis=0)"
