@@ -222,8 +222,8 @@ def _plan(
         )
     if h.folds:
         symmetries.append(
-            "a constant by which the reference multiplies a product of two values (scores of attention) is in the weights "
-            "of one of the two: in those of the other it would be the same"
+            "a constant by which the reference multiplies a product of two values (scores of attention) is in the "
+            "weights of one of the two: in those of the other it would be the same"
         )
     return Plan(
         rows=tuple(rows[name] for name in own),
