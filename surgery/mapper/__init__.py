@@ -55,7 +55,9 @@ def find(
 
     links = dict(links) if links is not None else link(probe.reference, source)
     x = probe.search_input()
-    seen = _ran("reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links), spare=True))
+    seen = _ran(
+        "reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links), spare=True)
+    )
     _check_links(probe.reference, seen, links)
     reference = Reference(seen)
     own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}

@@ -192,7 +192,9 @@ class Hypothesis(Affine):
         if box is None or any(p.masks is None for p in b.pieces):
             return True
         settled = [
-            math.prod(int(m[x].sum()) for m, x in zip(p.masks, box, strict=True)) for p in b.pieces if p.masks is not None
+            math.prod(int(m[x].sum()) for m, x in zip(p.masks, box, strict=True))
+            for p in b.pieces
+            if p.masks is not None
         ]
         return sum(settled) == g.numel()
 

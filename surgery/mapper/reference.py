@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine
+from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.grid import Grid, cut, read
-from surgery.mapper.record import Fingerprint, FingerprintIndex, Node, Tape, fingerprint
-from surgery.mapper.terms import Term, Virtual
+from surgery.mapper.record import FingerprintIndex, Node, Tape, fingerprint
+from surgery.mapper.rows import RowIndex
+from surgery.mapper.terms import Site, Term, Virtual
 
 
 def _norm_except(v: Tensor, dim: int) -> Tensor:
@@ -57,7 +58,7 @@ class Reference(Affine):
         self.scales: list[int] = []
         self.pure: list[int] = []
         self.derived: list[Derived] = []
-        self._read: FingerprintIndex | None = None
+        self._rows: RowIndex | None = None
         self._slices: dict[int, FingerprintIndex] = {}
         self.multiples: dict[tuple[int, float], int] = {}  # (a tensor's first number, factor) -> that of the multiple
         for i, node in enumerate(tape.nodes):
@@ -136,17 +137,25 @@ class Reference(Affine):
     def _of_two(self, node: Node) -> bool:
         return sum(self.tape.values[i].data for i in node.inputs) > 1
 
-    def reading(self, f: Fingerprint | None) -> list[int]:
-        """The products whose known factor has this fingerprint, in the order in which they ran."""
-        if self._read is None:
-            items = []
-            for i in self.products:
-                node = self.tape.nodes[i]
-                for v in node.inputs:
-                    if not self.weight_only(v):
-                        items.append((i, self.tape.values[v].fingerprint))
-            self._read = FingerprintIndex(items)
-        return sorted(set(self._read.find(f)))
+    def sharing(self, site: Site, present: Tensor) -> list[int]:
+        """The products that may read rows of this input: those that hold its first row, and those whose first row it
+        holds. Convolutions are compared as a whole, by whoever asks."""
+        if self._rows is None:
+            self._rows = RowIndex(self._plain_sites())
+        rows = site.linear() if not site.conv else None
+        found = set(self.products) - self._rows.nodes
+        found |= set(self._rows.sharing(site, present)) if rows is not None else self._rows.nodes
+        return sorted(found)
+
+    def _plain_sites(self) -> Iterator[tuple[int, Site]]:
+        """The products of rows with one matrix or several, by node; a node with a convolution is left out."""
+        for i in self.products:
+            try:
+                sites = [t.site for t in self.terms(self.tape.nodes[i].outs[0]) if t.site is not None]
+            except NotAffine:
+                continue
+            if sites and not any(s.conv for s in sites):
+                yield from ((i, s) for s in sites)
 
     def values_of(self, numbers: Tensor) -> Tensor:
         """The values of weight elements, in float64; 0 where the number is 0."""

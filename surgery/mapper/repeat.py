@@ -85,7 +85,10 @@ def _at(r: Recipe, put: dict[str, str], h: Hypothesis, place: int, step: int) ->
     """The recipe with number `place` of every source name moved on by `step`."""
     out = []
     for (target, at), sources in r.steps:
-        if target not in put or (mine := _placed(h, put[target], at, h.tape.values[h.tape.params[target]].shape)) is None:
+        if (
+            target not in put
+            or (mine := _placed(h, put[target], at, h.tape.values[h.tape.params[target]].shape)) is None
+        ):
             return None
         theirs = []
         for name, grid in sources:

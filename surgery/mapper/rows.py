@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -163,3 +164,37 @@ def _same_rows(t: Site, r: Site, present: Tensor) -> Rows | None:
     if a is None or b is None:
         return None
     return match_rows(a[0], present, b[0], keys=(_keys(t), _keys(r)))
+
+
+class RowIndex:
+    """Which products read a row: all rows of all inputs, by their keys."""
+
+    def __init__(self, sites: Iterable[tuple[int, Site]]) -> None:
+        listed = list(sites)
+        self.nodes = {i for i, _ in listed}
+        keys = [_keys(s)[:, 0] for _, s in listed]
+        owner = [torch.full((len(k),), i, dtype=torch.int64) for (i, _), k in zip(listed, keys, strict=True)]
+        self.all = _Sorted(torch.cat(keys), torch.cat(owner)) if keys else None
+        self.firsts = _Sorted(torch.stack([k[0] for k in keys]), torch.stack([o[0] for o in owner])) if keys else None
+
+    def sharing(self, site: Site, present: Tensor) -> list[int]:
+        """Nodes that may read rows of the site's input (those `present`)."""
+        if self.all is None or self.firsts is None or not len(present):
+            return []
+        mine = _keys(site)[present, 0]
+        return self.all.near(mine[:1]) + self.firsts.near(mine)
+
+
+class _Sorted:
+    def __init__(self, keys: Tensor, owner: Tensor) -> None:
+        order = torch.argsort(keys)
+        self.keys, self.owner = keys[order].contiguous(), owner[order]
+
+    def near(self, wanted: Tensor) -> list[int]:
+        tol = 10 * CLOSE * wanted.abs().clamp_min(1e-300) + 1e-12
+        lo = torch.searchsorted(self.keys, (wanted - tol).contiguous())
+        hi = torch.searchsorted(self.keys, (wanted + tol).contiguous(), right=True)
+        out: set[int] = set()
+        for a, b in zip(lo.tolist(), hi.tolist(), strict=True):
+            out.update(self.owner[a:b].tolist())
+        return sorted(out)

@@ -282,9 +282,7 @@ class Search:
         settled = tuple(h.bound[n].covered if n in h.bound else 0 for n in names)  # queries come before keys
         return (v.shape, op, tuple(pattern(n) for n in names), settled)
 
-    def _as_before(
-        self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]
-    ) -> Hypothesis | None:
+    def _as_before(self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]) -> Hypothesis | None:
         """Settled as the same value of an earlier block was, where what that computes occurs in the reference."""
         made = h.recipes[key]
         for assignments in moved_on(made, names, h):
@@ -394,7 +392,7 @@ class Search:
         if not whole and any(t.kind == "known" for t in terms):
             whole = self._unified_as(h, terms, shape, self.reference.computed)
         parts = apart(terms)  # a product of a concatenation against products of its parts
-        return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or t) or whole
+        return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or list(t)) or whole
 
     def _unified_as(
         self,
@@ -410,10 +408,6 @@ class Search:
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
         for start, values in self._meeting(h, terms, cut, exact):
-            if start < 0:  # what is nearer has been tried
-                if any(f[0].missing == 0 for f in found):
-                    break
-                continue
             for group in self._nearest(values, shape, exact):
                 best: list[Found] = []
                 for y in group:
@@ -476,8 +470,7 @@ class Search:
     def _meeting(
         self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]], exact: bool
     ) -> Iterator[tuple[int, list[int]]]:
-        """Where in the reference to look: (a node, the values that follow from it); (-1, []) before what is only to be
-        tried where the former led nowhere."""
+        """Where in the reference to look: (a node, the values that follow from it)."""
         ref = self.reference
         out: list[tuple[int, list[int]]] = []
         products = [t for t in terms if live(t)]
@@ -485,10 +478,9 @@ class Search:
             lead = products[0]
             assert lead.site is not None
             rows = present_rows(lead)
-            near = ref.reading(fingerprint(lead.site.x)) if not exact else []
-            yield from self._read_alike(lead.site, rows, near, cut, exact)
-            yield -1, []
-            yield from self._read_alike(lead.site, rows, [i for i in ref.products if i not in near], cut, exact)
+            whole = not exact and cut(terms) is terms  # inputs as they are: no multiples of them, no parts
+            nodes = ref.sharing(lead.site, rows) if whole else ref.products
+            yield from self._read_alike(lead.site, rows, nodes, cut, exact)
             return
         scales = [t for t in terms if t.kind == "scale"]
         if scales:

@@ -121,7 +121,10 @@ def test_links_stand_in_for_names() -> None:
     links = {name: Name(name) for name in STATE} | {"w": parse("transpose(file.w)")}
     made = Renderer(REFERENCE, links)
     assert str(made.bound(Bound.dense(w.reshape(-1), [], (6, 5)))) == "transpose(file.w)"
-    assert str(made.bound(Bound.dense(w[1:2].reshape(-1), [], (1, 5)))) == "slice(transpose(file.w), axis=0, start=1, stop=2)"
+    assert (
+        str(made.bound(Bound.dense(w[1:2].reshape(-1), [], (1, 5))))
+        == "slice(transpose(file.w), axis=0, start=1, stop=2)"
+    )
 
 
 def test_what_is_open_or_unknown_is_not_rendered() -> None:
