@@ -30,6 +30,12 @@ class Recorder(Protocol):
     def scaled(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
         """(x, w) where t was made as x * w, x depends on the inputs and w is made of parameters alone."""
 
+    def note_shifted(self, t: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor) -> None:
+        """Remember that t is x * scale - shift, where scale (None: one) and shift are made of parameters alone."""
+
+    def shifted(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """(x, scale, shift) of a value that was noted so, as long as none of them was written into."""
+
 
 def _channel(x: Tensor, t: Tensor) -> list[int]:
     """The shape in which t, one value a channel, meets x."""
@@ -80,11 +86,15 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         return affine(r, y, w, b, [1, c] + [1] * (x.ndim - 2)), mean, rstd
 
     def batch_norm_eval(r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, eps: float) -> Any:
+        # As a scale and a shift (the frozen spelling): so it stays comparable where the norm was folded away.
         shape = _channel(x, mean)
-        y = r.call(aten.sub.Tensor, x, r.call(aten.view.default, mean, shape))
         s = rsqrt(r, r.call(aten.add.Tensor, var, eps))
-        y = r.call(aten.mul.Tensor, y, r.call(aten.view.default, s, shape))
-        return affine(r, y, w, b, shape)
+        s = s if w is None else r.call(aten.mul.Tensor, w, s)
+        y = r.call(aten.mul.Tensor, x, r.call(aten.view.default, s, shape))
+        t = r.call(aten.mul.Tensor, mean, s)
+        if b is None:
+            return r.call(aten.sub.Tensor, y, r.call(aten.view.default, t, shape))
+        return r.call(aten.add.Tensor, y, r.call(aten.view.default, r.call(aten.sub.Tensor, b, t), shape))
 
     def batch_norm(
         r: Recorder, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
@@ -115,7 +125,32 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         return r.call(aten.add.Tensor, r.call(aten.neg.default, a), b)
 
     def sub(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
-        return r.call(aten.sub.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
+        b = b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha)
+        y = r.call(aten.sub.Tensor, a, b)
+        if _scaled_by(r, a, b):
+            r.note_shifted(y, a, None, b)
+        return y
+
+    def mul(r: Recorder, a: Any, b: Any) -> Any:
+        for x, w in ((a, b), (b, a)):
+            if _scaled_by(r, x, w) and (found := r.shifted(x)) is not None:
+                # (x - m) * s, a norm by stored statistics written out: x * s - m * s, as batch_norm_eval has it
+                x, s, m = found
+                s, m = w if s is None else r.call(aten.mul.Tensor, s, w), r.call(aten.mul.Tensor, m, w)
+                y = r.call(aten.sub.Tensor, r.call(aten.mul.Tensor, x, s), m)
+                r.note_shifted(y, x, s, m)
+                return y
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and not r.weights_only(a) and not r.weights_only(b):
+            for x, y in ((a, b), (b, a)):
+                if (made := r.scaled(x)) is not None:  # (x * w) * y is (x * y) * w
+                    return r.call(aten.mul.Tensor, r.call(aten.mul.Tensor, made[0], y), made[1])
+        return r.call(aten.mul.Tensor, a, b)
+
+    def _scaled_by(r: Recorder, x: Any, w: Any) -> bool:
+        """Is x a value of the run, and w one that is made of parameters alone?"""
+        if not isinstance(x, Tensor) or not isinstance(w, Tensor) or not w.is_floating_point():
+            return False
+        return r.weights_only(w) and not r.weights_only(x)
 
     def add(r: Recorder, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return r.call(aten.add.Tensor, a, b if alpha == 1 else r.call(aten.mul.Tensor, b, alpha))
@@ -151,17 +186,10 @@ def _canon() -> dict[Any, Callable[..., Any]]:
 
     def div(r: Recorder, x: Any, y: Any) -> Any:
         if isinstance(y, Tensor) and isinstance(x, Tensor) and y.is_floating_point() and r.weights_only(y):
-            return r.call(aten.mul.Tensor, x, r.call(aten.reciprocal.default, y))  # one spelling for a scale by weights
+            return mul(r, x, r.call(aten.reciprocal.default, y))  # one spelling for a scale by weights
         if isinstance(y, Tensor) and isinstance(x, Tensor) and (made := r.scaled(x)) is not None:
             return r.call(aten.mul.Tensor, r.call(aten.div.Tensor, made[0], y), made[1])  # the scale comes last
         return r.call(aten.div.Tensor, x, y)
-
-    def mul(r: Recorder, x: Any, y: Any) -> Any:
-        if isinstance(y, Tensor) and isinstance(x, Tensor) and not r.weights_only(x) and not r.weights_only(y):
-            for a, b in ((x, y), (y, x)):
-                if (made := r.scaled(a)) is not None:  # (x * w) * y is (x * y) * w
-                    return r.call(aten.mul.Tensor, r.call(aten.mul.Tensor, made[0], b), made[1])
-        return r.call(aten.mul.Tensor, x, y)
 
     def prelu(r: Recorder, x: Any, w: Any) -> Any:
         pos = r.call(aten.clamp_min.default, x, 0)
@@ -185,13 +213,13 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         aten.rsub.Tensor: rsub,
         aten.rsub.Scalar: rsub,
         aten.sub.Tensor: sub,
+        aten.mul.Tensor: mul,
         aten.add.Tensor: add,
         aten.embedding.default: embedding,
         aten.copy.default: copy,
         aten.rsqrt.default: rsqrt,
         aten.pow.Tensor_Scalar: power,
         aten.div.Tensor: div,
-        aten.mul.Tensor: mul,
         aten.stack.default: stack,
         aten.mean.dim: mean,
         aten._prelu_kernel.default: prelu,

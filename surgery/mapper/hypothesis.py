@@ -446,6 +446,24 @@ class Hypothesis(Affine):
 
         return solve(self, self.virtual[key], at, sources)
 
+    def mark(self) -> tuple[dict[str, Bound], int]:
+        """What is settled now, to go back to."""
+        return dict(self.bound), self.version
+
+    def back_to(self, mark: tuple[dict[str, Bound], int]) -> None:
+        """Forget what was settled since. The version goes on: what was asked meanwhile was asked of another state."""
+        self.bound = dict(mark[0])
+        self.version += 1
+
+    def settled_as(self, numbers: Tensor, sources: Tensor) -> bool:
+        """Are these elements of one tensor settled, and to just these source elements?"""
+        held = self.holder(int(numbers.min()))
+        bound = self.bound.get(held[2]) if held is not None else None
+        if held is None or bound is None or int(numbers.max()) >= held[0] + held[1]:
+            return False
+        ids, more = bound.lookup(numbers - held[0])
+        return bool((ids == sources).all()) and not any(bool(m.any()) for m in more)
+
     # -- evidence -----------------------------------------------------------------------------------------------------
     def look(self, vid: int) -> bool | None:
         """Does this value occur in the reference? None where it could tell nothing."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.affine import NotAffine, base
+from surgery.mapper.factors import factors, multiplied, pair, virtual_holder
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.terms import Virtual
 from surgery.mapper.unify import Assignment
@@ -37,7 +38,9 @@ def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
         return False
     numbers = sources[0].to(torch.int64)
     ref = h.reference
-    ru = _holder(ref, numbers)
+    if multiplied(h, u) is not None:
+        return pair(h, factors(h, at + u.offset), factors(ref, numbers), _pair)
+    ru = virtual_holder(ref, numbers)
     if ru is not None and ru.how == u.how and _same_operator(h, u, ref, ru):
         # Computed alike: the arguments must correspond. Another constant (an eps) is another function.
         return _alike(h, u, at, ru, numbers - ru.offset)
@@ -47,14 +50,6 @@ def solve(h: Hypothesis, u: Virtual, at: Tensor, sources: list[Tensor]) -> bool:
 def _same_operator(h: Hypothesis, u: Virtual, ref: Reference, ru: Virtual) -> bool:
     a, b = _node(h, u.vid), _node(ref, ru.vid)
     return a is not None and b is not None and base(a.op) == base(b.op)
-
-
-def _holder(ref: Reference, numbers: Tensor) -> Virtual | None:
-    lo, hi = int(numbers.min()), int(numbers.max())
-    for u in ref.virtual.values():
-        if u.offset <= lo and hi < u.offset + u.size:
-            return u
-    return None
 
 
 def _node(p: Any, vid: int) -> Node | None:

@@ -179,6 +179,7 @@ class Recorder(TorchDispatchMode):
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
         self.windows: Any = WeakIdKeyDictionary()  # what would be a view of a parameter, were it not lifted: a copy
         self.scales: Any = WeakIdKeyDictionary()  # products of data and weights: what they are made of
+        self.differences: Any = WeakIdKeyDictionary()  # a value that is x * scale - shift: those, and their numbers
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
@@ -284,6 +285,17 @@ class Recorder(TorchDispatchMode):
         if [v.data for v in values].count(True) == 1 and any(v.weights and not v.data for v in values):
             x, w = tensors if values[0].data else reversed(tensors)
             self.scales[out] = (x, w, self.vid(out), self.vid(x), self.vid(w))
+
+    def note_shifted(self, t: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor) -> None:
+        parts = (x, scale, shift)
+        self.differences[t] = (self.vid(t), parts, [None if p is None else self.vid(p) for p in parts])
+
+    def shifted(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        vid, parts, vids = self.differences.get(t, (None, (), []))
+        if vid is None or vid != self.vid(t) or vids != [None if p is None else self.vid(p) for p in parts]:
+            return None  # one of them was written into since: it is another value now
+        x, scale, shift = parts
+        return x, scale, shift
 
     def sync(self, t: Tensor) -> None:
         """Python reads the values of t: remember them, a replay must come to the same."""
@@ -404,6 +416,8 @@ class Recorder(TorchDispatchMode):
             self.tape.values[v].tensor = held.clone() if held is not None else None
         t.copy_(new)
         self.ids[t] = vnew
+        if new in self.differences:
+            self.differences[t] = self.differences[new]
         return t
 
     def _note(self, op: Any, args: tuple[Any, ...], out: Tensor, refs: tuple[int, ...]) -> int:

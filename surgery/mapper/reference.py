@@ -31,6 +31,7 @@ DERIVE: dict[str, Callable[..., Tensor]] = {
     "shift": lambda t, by: t + by,
     "scale": lambda t, by: t * by,
     "norm_except": _norm_except,
+    "mul": lambda factors: factors.prod(0),  # the numbers of the factors, one after the other along the first axis
 }
 
 
