@@ -19,6 +19,17 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+# Interpolations whose kernel is one at its centre and zero at every other pixel.
+RESAMPLING = tuple(
+    getattr(aten, name).default
+    for name in (
+        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+        "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    )
+)  # fmt: skip
+
+
 class Recorder(Protocol):
     """What runs an operator and writes it down."""
 
@@ -197,7 +208,21 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         shape = _channel(x, w) if w.numel() > 1 and x.ndim > 1 else [1] * x.ndim
         return r.call(aten.add.Tensor, pos, r.call(aten.mul.Tensor, neg, r.call(aten.view.default, w, shape)))
 
+    def resampled(op: Any) -> Callable[..., Any]:
+        """To the size that it has: every sampling point is a pixel, whatever the kernel, and the image is itself."""
+
+        def sample(r: Recorder, x: Any, size: Any, *rest: Any, **named: Any) -> Any:
+            scales = [
+                s for s in (*rest, *named.values()) if not isinstance(s, bool)
+            ]  # the others say how corners align
+            if list(size) == list(x.shape[2:]) and all(s is None or s == 1 for s in scales):
+                return r.call(aten.clone.default, x)
+            return r.call(op, x, size, *rest, **named)
+
+        return sample
+
     return {
+        **{op: resampled(op) for op in RESAMPLING},
         aten.addmm.default: addmm,
         aten.addmv.default: addmv,
         aten.mv.default: mv,
