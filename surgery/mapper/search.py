@@ -234,6 +234,8 @@ class Search:
         found = self._candidates(h, vid)
         if not found and self._constants(h, vid):
             return [h]
+        if not found and (apart := self._settled_apart(h, vid)):
+            return apart
         if not found:
             h.tainted.add(vid)
             h.stuck = h.stuck or h.tape.values[vid].name or self._module(h, vid)
@@ -297,6 +299,24 @@ class Search:
             g.last = [True]
             return g
         return None
+
+    def _settled_apart(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
+        """The hypotheses in which a value put together from others is known, by settling one after the other: of what
+        is known in the target by now, the reference's sum of the whole still has every addend."""
+        parts = self._joined(h, vid)
+        hs = [h.fork()] if len(parts) > 1 else []
+        for part in parts:
+            hs = [g for k in hs for g in self._settle(k, part) if part not in g.tainted]
+        return [g for g in hs if g.known(vid) is not None]
+
+    def _joined(self, h: Hypothesis, vid: int) -> list[int]:
+        """The values that a concatenation joins, before they were moved into their places."""
+        value = h.tape.values[vid]
+        node = h.tape.nodes[value.node] if value.origin == "node" else None
+        if node is None or h.kind(node) != "layout":
+            return [vid]
+        moved = [i for i in node.inputs if h.tape.values[i].dtype.is_floating_point]
+        return [p for i in dict.fromkeys(moved) for p in self._joined(h, i)]
 
     def _constants(self, h: Hypothesis, vid: int) -> bool:
         """Buffers that only a comparison, a cast or an index reads (masks) are constants of the target."""
