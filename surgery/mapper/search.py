@@ -456,9 +456,15 @@ class Search:
     def _nearest(self, values: list[int], shape: tuple[int, ...], exact: bool) -> list[list[int]]:
         """Values of the reference in the order in which to try them: ends of the same size, others of it, larger.
 
-        Of values that are one value moved or scaled, one is enough: that in the target's shape, else the last. `exact`:
-        a value that was scaled is another.
+        Of values that are one value moved or scaled, one is enough: that in the target's shape, else one with its axes
+        in another order (their elements need not be told apart by value), else the last. `exact`: a value that was
+        scaled is another.
         """
+
+        def unlike(y: int) -> int:
+            theirs = values_of[y].shape
+            return 0 if theirs == shape else 1 if sorted(theirs) == sorted(shape) else 2
+
         ref, n = self.reference, math.prod(shape)
         values_of = ref.tape.values
         size = {y: math.prod(values_of[y].shape) for y in values}
@@ -478,7 +484,7 @@ class Search:
         chosen: dict[int, int] = {}
         for y in sorted(values):
             kept = chosen.get(root[y])
-            if kept is None or values_of[kept].shape != shape:
+            if kept is None or (unlike(kept) and unlike(y) <= unlike(kept)):
                 chosen[root[y]] = y
         ends = {root[y] for y in values if ref.is_end(y)}
         equal = [y for r, y in chosen.items() if size[y] == n]
