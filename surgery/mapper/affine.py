@@ -65,6 +65,8 @@ class NotAffine(Exception):
 class Affine(ABC):
     """Reads a tape as sums. `known(vid)` gives a value that needs no weights any more, or None."""
 
+    STOPS = frozenset({"barrier", "scale"})  # operations at whose arguments a sum of the reference ends
+
     def __init__(self, tape: Tape, *, cut: bool) -> None:
         self.tape = tape
         self.cut = cut  # the reference: a value that a non-linear operation consumes is an addend of its own
@@ -309,7 +311,7 @@ class Affine(ABC):
                 node = self.tape.nodes[c]
                 kind = self.kind(node)
                 if (
-                    kind in ("barrier", "scale")
+                    kind in self.STOPS
                     or self._as_rows(c, vid)
                     or (kind == "layout" and any(self.is_end(o) for o in node.outs if o >= 0))
                 ):

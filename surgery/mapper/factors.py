@@ -12,16 +12,16 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Affine, base
+from surgery.mapper.grid import Grid
 from surgery.mapper.record import Node, Ref
+from surgery.mapper.reference import Reference
 from surgery.mapper.terms import Virtual
 
 if TYPE_CHECKING:
     from surgery.mapper.hypothesis import Hypothesis
-    from surgery.mapper.reference import Reference
 
 MOST = 4  # factors that are put in every order
 
@@ -50,7 +50,12 @@ def multiplied(p: Affine, u: Virtual) -> tuple[int, int] | None:
 
 def factors(p: Affine, numbers: Tensor) -> list[Tensor]:
     """The weight elements whose product each of these elements is: themselves where they are no product."""
-    u = virtual_holder(p, numbers) if numbers.numel() else None
+    if not numbers.numel():
+        return [numbers]
+    made = p.product_holder(int(numbers.min()), int(numbers.max())) if isinstance(p, Reference) else None
+    if made is not None:  # by spreading a scale out (see spread.py)
+        return [g for f in made.at(numbers - made.offset) for g in factors(p, f)]
+    u = virtual_holder(p, numbers)
     pair = multiplied(p, u) if u is not None else None
     if u is None or pair is None:
         return [numbers]
@@ -80,7 +85,7 @@ def pair(
         else:
             return False
     if len(left) == 1 and len(right) > 1:
-        return settle(h, left[0], product_of(ref, right))
+        return settle(h, left[0], ref.multiply([Grid.of(r) for r in right]).flat())
     if len(left) != len(right) or len(left) > MOST:
         return False
     for order in itertools.permutations(right):
@@ -89,11 +94,6 @@ def pair(
             return True
         h.back_to(state)
     return False
-
-
-def product_of(ref: Reference, parts: list[Tensor]) -> Tensor:
-    """Numbers for the products of these source elements."""
-    return ref.derive("mul", {}, torch.stack([p.to(torch.int64) for p in parts]))
 
 
 def _without(items: list[Tensor], one: Tensor) -> list[Tensor]:

@@ -64,6 +64,8 @@ class Hypothesis(Affine):
         self.hits = 0
         self.misses = 0
         self.swapped = False
+        self.spreads = False  # has a scale of the reference been folded into a weight?
+        self.spread_at = -1  # a value for which that is to be tried, on taking the hypothesis up again
         self.choices: list[Choice] = []
         self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
         self.recipes: dict[tuple[object, ...], Recipe] = {}  # how values were settled, for those of the next block

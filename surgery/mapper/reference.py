@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,6 @@ DERIVE: dict[str, Callable[..., Tensor]] = {
     "shift": lambda t, by: t + by,
     "scale": lambda t, by: t * by,
     "norm_except": _norm_except,
-    "mul": lambda factors: factors.prod(0),  # the numbers of the factors, one after the other along the first axis
 }
 
 
@@ -48,6 +47,28 @@ class Derived:
     value: Tensor
 
 
+@dataclass
+class Product:
+    """Products of source values, numbered like source elements. The factors broadcast to the shape."""
+
+    offset: int
+    shape: tuple[int, ...]
+    factors: tuple[Grid, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def at(self, places: Tensor) -> list[Tensor]:
+        """The numbers of the factors at these (flat) places."""
+        where = []
+        for n in reversed(self.shape):
+            where.append(places % n)
+            places = places // n
+        where.reverse()
+        return [f.at(where) for f in self.factors]
+
+
 class Reference(Affine):
     """The reference's tape: every value is known, and every weight has its number."""
 
@@ -62,6 +83,7 @@ class Reference(Affine):
         self._rows: RowIndex | None = None
         self._slices: dict[int, FingerprintIndex] = {}
         self.multiples: dict[tuple[int, float], int] = {}  # (a tensor's first number, factor) -> that of the multiple
+        self.multiplied: list[Product] = []
         for i, node in enumerate(tape.nodes):
             kind = self.kind(node)
             if kind == "product":
@@ -117,7 +139,7 @@ class Reference(Affine):
     def _leaves(self, vid: int, pure: set[int]) -> bool:
         return any(o not in pure for c in self.tape.consumers[vid] for o in self.tape.nodes[c].outs if o >= 0)
 
-    def closure(self, vids: list[int], limit: int = 400) -> list[int]:
+    def closure(self, vids: list[int], limit: int = 400, through: tuple[str, ...] = ("layout", "sum")) -> list[int]:
         """Values that are these, moved or added to: ends first."""
         seen, queue = dict.fromkeys(vids), list(vids)
         while queue and len(seen) < limit:
@@ -127,7 +149,7 @@ class Reference(Affine):
                 kind = self.kind(self.tape.nodes[c])
                 if end and kind == "sum" and self._of_two(self.tape.nodes[c]):
                     continue  # there it stands for itself
-                if kind in ("layout", "sum"):
+                if kind in through:
                     for o in self.tape.nodes[c].outs:
                         if o >= 0 and o not in seen:
                             seen[o] = None
@@ -170,12 +192,19 @@ class Reference(Affine):
                 return src[flat - first].to(torch.float64).reshape(numbers.shape)
             out[where] = src[flat[where] - first].to(torch.float64)
         if flat.numel() and int(flat.max()) >= self.real_end:
-            computed = [(u.offset, u.size, self._computed_flat(u)) for u in self.virtual.values()]
-            computed += [(d.offset, d.size, d.value.reshape(-1)) for d in self.derived]
-            for first, size, src in computed:
-                here = (flat >= first) & (flat < first + size)
+            lo, hi = int(flat.min()), int(flat.max())
+            computed: list[Virtual | Derived] = [*self.virtual.values(), *self.derived]
+            for c in computed:
+                if c.offset > hi or c.offset + c.size <= lo:
+                    continue
+                here = (flat >= c.offset) & (flat < c.offset + c.size)
                 if bool(here.any()):
-                    out[here] = src[flat[here] - first]
+                    src = c.value.reshape(-1) if isinstance(c, Derived) else self._computed_flat(c)
+                    out[here] = src[flat[here] - c.offset]
+            for p in self.multiplied:
+                here = (flat >= p.offset) & (flat < p.offset + p.size)
+                if bool(here.any()):
+                    out[here] = math.prod(map(self.values_of, p.at(flat[here] - p.offset)), start=torch.ones(()))
         return out.reshape(numbers.shape)
 
     def fetch(self, numbers: Grid) -> Tensor:
@@ -219,6 +248,7 @@ class Reference(Affine):
         flat = numbers.flat() if numbers.numel() else torch.zeros(0, dtype=torch.int64)
         spans = [(first, size) for first, size, _ in self.names]
         spans += [(u.offset, u.size) for u in self.virtual.values()] + [(d.offset, d.size) for d in self.derived]
+        spans += [(p.offset, p.size) for p in self.multiplied]
         out = torch.zeros_like(flat)
         for first, size in spans:
             if numbers.hi < first or numbers.lo >= first + size:
@@ -258,6 +288,33 @@ class Reference(Affine):
         if held is None:
             return None
         return number - plain + held[0], self.tape.values[self.tape.params[held[2]]].shape
+
+    def told_by(self, number: int) -> int:
+        """The stored element that a computed one is made of (the first factor of a product), for who wants its name."""
+        while True:
+            p = self.product_holder(number, number)
+            d = next(
+                (d for d in self.derived if d.offset <= number < d.offset + d.size == d.offset + d.numbers.numel()),
+                None,
+            )
+            if p is not None:
+                number = int(p.at(torch.tensor([number - p.offset]))[0])
+            elif d is not None:
+                number = int(d.numbers.reshape(-1)[number - d.offset])
+            else:
+                return number
+
+    def product_holder(self, lo: int, hi: int) -> Product | None:
+        """The product that holds all elements from lo to hi."""
+        return next((p for p in self.multiplied if p.offset <= lo and hi < p.offset + p.size), None)
+
+    def multiply(self, factors: Sequence[Grid]) -> Grid:
+        """Numbers for the products of source elements; the factors broadcast to one shape."""
+        shape = torch.broadcast_shapes(*(f.shape for f in factors))
+        p = Product(self.next, tuple(shape), tuple(factors))
+        self.multiplied.append(p)
+        self.next += p.size
+        return Grid.whole(p.offset, p.shape)
 
     def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:
         """Numbers for fn(these elements): source values that a target weight needs and no source tensor holds."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from surgery.mapper.affine import NotAffine, base
 from surgery.mapper.bound import Bound, Piece, in_box
 from surgery.mapper.grid import Grid, axes
 from surgery.mapper.record import Node, Ref
-from surgery.mapper.reference import Derived, Reference
+from surgery.mapper.reference import Derived, Product, Reference
 from surgery.mapper.terms import Virtual
 
 MOST_PARTS = 64  # of a concatenation
@@ -162,6 +163,7 @@ class Renderer:
         out: list[tuple[int, int, Any]] = [(f, s, n) for f, s, n in self.real]
         out += [(u.offset, u.size, u) for u in self.ref.virtual.values()]
         out += [(d.offset, d.size, d) for d in self.ref.derived]
+        out += [(p.offset, p.size, p) for p in self.ref.multiplied]
         return sorted(out, key=lambda e: e[0])
 
     def _owner(self, ids: Tensor) -> Tensor:
@@ -183,6 +185,9 @@ class Renderer:
             expr = self._virtual(what.vid)
             shape = self.ref.tape.values[what.vid].shape
             return (call("reciprocal", expr) if what.how else expr), shape, first
+        if isinstance(what, Product):
+            factors = (self.block(f.dense()) for f in what.factors)
+            return reduce(lambda a, b: call("mul", a, b), factors), what.shape, first
         assert isinstance(what, Derived)
         inner = self.block(what.numbers.to(torch.int64))
         if what.fn == "rsqrt_inverse":

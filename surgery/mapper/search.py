@@ -26,6 +26,7 @@ from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import moved_on, pattern, recipe
 from surgery.mapper.rows import match_rows, match_sites
+from surgery.mapper.spread import Spread
 from surgery.mapper.terms import Site, Term, apart
 from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
 
@@ -56,6 +57,7 @@ class Search:
         self.prior = prior
         self.again = again
         self.accept = accept
+        self.spread = Spread(reference)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
@@ -232,38 +234,31 @@ class Search:
         if key in h.recipes and vid not in h.searched and (g := self._as_before(h, vid, key, names)) is not None:
             return [g]
         found = self._candidates(h, vid)
-        if not found and self._constants(h, vid):
+        taken = self._taken(h, vid, found)
+        for g, match in taken:
+            if (made := recipe(g, names, match.assignments)) is not None:
+                g.recipes[key] = made
+        plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
+        if not plain or h.spreads or h.spread_at == vid:  # are scales of the reference folded into these weights?
+            spread = self._taken(h, vid, self._spread_over(h, vid))
+            for g, _ in spread:
+                g.spreads = True
+            taken = spread if h.spread_at == vid else taken + spread
+        elif self._may_spread(h, vid):
+            later = h.fork()
+            later.spread_at = vid
+            self.reserve.append((-1, later))
+        out, looks = [g for g, _ in taken], [g.last[0] for g, _ in taken]
+        if not out and not found and self._constants(h, vid):
             return [h]
-        if not found and (apart := self._settled_apart(h, vid)):
+        if not out and not found and (apart := self._settled_apart(h, vid)):
             return apart
-        if not found:
+        if not out:
             h.tainted.add(vid)
             h.stuck = h.stuck or h.tape.values[vid].name or self._module(h, vid)
             return [h]
-        children, matches = [], []
-        for match, score, node in found:
-            g = h.fork() if len(found) > 1 else h
-            if not g.settle(match.assignments):
-                continue
-            if g.known(vid) is None:
-                continue
-            g.swapped |= match.swapped
-            g.score += score
-            self._remember(g, match, len(found), node)
-            if (made := recipe(g, names, match.assignments)) is not None:
-                g.recipes[key] = made
-            if match.folds >= 0:
-                g.folded.add(vid)
-            children.append((g, score))
-            matches.append(match)
-        if not children:
-            h.tainted.add(vid)
-            h.stuck = h.stuck or self._module(h, vid)
-            return [h]
-        looks = [g.look(vid) if vid not in g.folded else None for g, _ in children]
-        out = [g for g, _ in children]
         # A multiple of the reference's value need not occur in it: one with the constant in its weights is no better.
-        better = any(look and not _scales(m) for look, m in zip(looks, matches, strict=True))
+        better = any(look and not _scales(m) for look, (_, m) in zip(looks, taken, strict=True))
         for g, look in zip(out, looks, strict=True):
             g.last = [look if better or look or not any(looks) else None]
         if better and not all(looks):
@@ -299,6 +294,54 @@ class Search:
             g.last = [True]
             return g
         return None
+
+    def _taken(self, h: Hypothesis, vid: int, found: list[Found]) -> list[tuple[Hypothesis, Match]]:
+        """A hypothesis for each of these matches that makes the value known, and whether it occurs in the reference."""
+        out = []
+        for match, score, node in found:
+            g = h.fork()
+            if g.settle(match.assignments) and g.known(vid) is not None:
+                g.swapped |= match.swapped
+                g.score += score
+                self._remember(g, match, len(found), node)
+                if match.folds >= 0:
+                    g.folded.add(vid)
+                g.last = [g.look(vid) if vid not in g.folded else None]
+                out.append((g, match))
+        return out
+
+    def _may_spread(self, h: Hypothesis, vid: int) -> bool:
+        """Is it a product and a bias, which the reference has too, and scales afterwards?"""
+        terms = h.terms(vid)
+        return any(t.kind == "weight" for t in terms) and bool(self.spread.meeting(terms))
+
+    def _spread_over(self, h: Hypothesis, vid: int) -> list[Found]:
+        """Matches with sums of the reference whose scales are spread over what they scale."""
+        try:
+            terms = h.terms(vid)
+        except NotAffine:
+            return []
+        shape, seen = h.tape.values[vid].shape, set[tuple[Any, ...]]()
+        found: list[Found] = []
+        for node, values in self.spread.meeting(terms):
+            for y in values:
+                try:
+                    theirs = self.spread.whole(y)
+                except NotAffine:
+                    continue
+                for m in unify(terms, shape, theirs, self.reference.tape.values[y].shape, exact=True):
+                    self._scale(m)
+                    if (key := _key(m)) not in seen:
+                        seen.add(key)
+                        found.append((m, self._score(h, m) - m.penalty, node))
+        found.sort(key=lambda f: (f[0].missing, f[0].zeros, -f[1]))
+        return found[:WIDTH]
+
+    def _scale(self, m: Match) -> None:
+        """Give the constants that a match found to the numbers of its sources."""
+        for a in m.assignments:
+            if a.factors:
+                a.sources = [self.reference.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
 
     def _settled_apart(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
         """The hypotheses in which a value put together from others is known, by settling one after the other: of what
@@ -438,9 +481,7 @@ class Search:
                     size = math.prod(ref.tape.values[y].shape)
                     for m in unify(terms, shape, theirs, ref.tape.values[y].shape, exact=exact):
                         m.like = y
-                        for a in m.assignments:
-                            if a.factors:
-                                a.sources = [ref.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
+                        self._scale(m)
                         key = _key(m)
                         if key not in seen:
                             seen.add(key)
@@ -579,7 +620,7 @@ class Search:
         for a in m.assignments:
             if a.sources and a.target.numel():
                 t = h.owner(a.target.first)[1]
-                s = self.reference.owner(self.reference.plain(a.sources[0].first))[1]
+                s = self.reference.owner(self.reference.told_by(a.sources[0].first))[1]
                 if t and s:
                     pairs.append((t, s))
         return pairs
@@ -589,7 +630,7 @@ class Search:
         out = []
         for a in m.assignments:
             if a.sources and a.target.numel():
-                t, s = _place(h, a.target.first), _place(self.reference, self.reference.plain(a.sources[0].first))
+                t, s = _place(h, a.target.first), _place(self.reference, self.reference.told_by(a.sources[0].first))
                 if t and s:
                     out.append((t, s))
         return out
