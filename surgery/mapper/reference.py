@@ -213,6 +213,9 @@ class Reference(Affine):
         found = self.holder(numbers.lo)
         if found is not None and numbers.hi < found[0] + found[1]:
             return read(self._stored(self.tape.params[found[2]]), numbers.shifted(-found[0]))
+        if (made := self.product_holder(numbers.lo, numbers.hi)) is not None:
+            whole = math.prod((self.fetch(f).to(torch.float64) for f in made.factors), start=torch.ones(made.shape))
+            return read(whole.to(torch.float64).reshape(-1), numbers.shifted(-made.offset))
         if numbers.lo > 0 and (parted := cut(numbers, self.firsts)) is not None and len(parted[1]) > 1:
             axis, runs = parted
             return torch.cat([self.fetch(numbers.narrow(axis, start, n)) for start, n in runs], axis)

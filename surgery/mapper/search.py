@@ -239,12 +239,13 @@ class Search:
             if (made := recipe(g, names, match.assignments)) is not None:
                 g.recipes[key] = made
         plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
-        if not plain or h.spreads or h.spread_at == vid:  # are scales of the reference folded into these weights?
+        if self.spread.folding and (not plain or h.spreads or h.spread_at == vid):
+            # are scales of the reference folded into these weights?
             spread = self._taken(h, vid, self._spread_over(h, vid))
             for g, _ in spread:
                 g.spreads = True
             taken = spread if h.spread_at == vid else taken + spread
-        elif self._may_spread(h, vid):
+        elif self.spread.folding and self.spread.likely(h, vid):
             later = h.fork()
             later.spread_at = vid
             self.reserve.append((-1, later))
@@ -299,7 +300,7 @@ class Search:
         """A hypothesis for each of these matches that makes the value known, and whether it occurs in the reference."""
         out = []
         for match, score, node in found:
-            g = h.fork()
+            g = h.fork() if len(found) > 1 or self.spread.folding else h  # else nothing is tried after it
             if g.settle(match.assignments) and g.known(vid) is not None:
                 g.swapped |= match.swapped
                 g.score += score
@@ -310,32 +311,13 @@ class Search:
                 out.append((g, match))
         return out
 
-    def _may_spread(self, h: Hypothesis, vid: int) -> bool:
-        """Is it a product and a bias, which the reference has too, and scales afterwards?"""
-        terms = h.terms(vid)
-        return any(t.kind == "weight" for t in terms) and bool(self.spread.meeting(terms))
-
     def _spread_over(self, h: Hypothesis, vid: int) -> list[Found]:
         """Matches with sums of the reference whose scales are spread over what they scale."""
-        try:
-            terms = h.terms(vid)
-        except NotAffine:
-            return []
-        shape, seen = h.tape.values[vid].shape, set[tuple[Any, ...]]()
-        found: list[Found] = []
-        for node, values in self.spread.meeting(terms):
-            for y in values:
-                try:
-                    theirs = self.spread.whole(y)
-                except NotAffine:
-                    continue
-                for m in unify(terms, shape, theirs, self.reference.tape.values[y].shape, exact=True):
-                    self._scale(m)
-                    if (key := _key(m)) not in seen:
-                        seen.add(key)
-                        found.append((m, self._score(h, m) - m.penalty, node))
-        found.sort(key=lambda f: (f[0].missing, f[0].zeros, -f[1]))
-        return found[:WIDTH]
+        found: dict[tuple[Any, ...], Found] = {}
+        for m, node in self.spread.matches(h, vid):
+            self._scale(m)
+            found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, node))
+        return sorted(found.values(), key=lambda f: (f[0].missing, f[0].zeros, -f[1]))[:WIDTH]
 
     def _scale(self, m: Match) -> None:
         """Give the constants that a match found to the numbers of its sources."""
@@ -397,6 +379,8 @@ class Search:
         found = self._unified(h, terms, shape, vid)
         if maybe:
             full = [f for f in found if f[0].zeros == 0 and f[0].missing == 0]
+            if not full and any(not m.zeros and not m.missing for m, _, _ in self._spread_over(h, vid)):
+                return []  # see _settle
             if not full:  # a buffer that nothing in the source stands for is a constant of the target
                 for n in maybe:
                     h.constant[n] = h.own[n].to(torch.float64)

@@ -7,8 +7,9 @@ laid over each other. So a batch norm behind a convolution and a layer scale beh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ from surgery.mapper.record import Node
 from surgery.mapper.reference import Reference
 from surgery.mapper.rows import match_sites
 from surgery.mapper.terms import Site, Term, Virtual
-from surgery.mapper.unify import function, live, present_rows
+from surgery.mapper.unify import Match, function, live, present_rows, unify
+
+if TYPE_CHECKING:
+    from surgery.mapper.hypothesis import Hypothesis
 
 MOVED = ("layout", "sum")
 
@@ -86,6 +90,26 @@ class Spread(Affine):
             return []
         site, rows = lead.site, present_rows(lead)
         return [(i, ys) for i, sites, ys in self._scaled if any(match_sites(site, s, rows) is not None for s in sites)]
+
+    def likely(self, h: Hypothesis, vid: int) -> bool:
+        """Is it a product and a bias, which the reference has too, and scales afterwards?"""
+        terms = h.terms(vid)
+        return any(t.kind == "weight" for t in terms) and bool(self.meeting(terms))
+
+    def matches(self, h: Hypothesis, vid: int) -> Iterator[tuple[Match, int]]:
+        """The ways to make a value of the target equal to a sum that is spread out, and the node that led to it."""
+        try:
+            terms = h.terms(vid)
+        except NotAffine:
+            return
+        for node, values in self.meeting(terms):
+            for y in values:
+                try:
+                    theirs = self.whole(y)
+                except NotAffine:
+                    continue
+                for m in unify(terms, h.tape.values[vid].shape, theirs, self.tape.values[y].shape, exact=True):
+                    yield m, node
 
     # -- sums ---------------------------------------------------------------------------------------------------------
     def whole(self, vid: int) -> list[Term]:

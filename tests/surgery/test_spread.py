@@ -128,3 +128,12 @@ def test_a_gain_from_a_product_of_gains() -> None:
     report = graft(Pair(two=True), Pair(two=False), vectors)
     assert report.verdict == "proven"
     assert {r.target: str(r.expr) for r in report.plan.rows}["one"] == "mul(one, two)"
+
+
+def test_a_frozen_bias_is_no_constant_where_a_norm_went_into_it() -> None:
+    target = Convolutions()
+    for name, p in target.named_parameters():
+        p.requires_grad_("bias" not in name)  # as torch.fx fuses them
+    report = graft(Convolutions("library"), target)
+    assert report.verdict == "proven"
+    assert all(r.expr is not None for r in report.plan.rows)
