@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import sys
 import time
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
-import torch
+import torch  # noqa: E402
 
-from tests.graft_matrix import core, zoo_method
+from tests.graft_matrix import core, zoo_method  # noqa: E402
 
 MODALITIES = ("text", "vision", "clip", "audio", "timeseries")
 
@@ -22,11 +24,12 @@ def main() -> int:
     torch.set_grad_enabled(False)
     what = sys.argv[1] if len(sys.argv) > 1 else "oracle"
     only = sys.argv[2] if len(sys.argv) > 2 else ""
-    for name in MODALITIES:
-        try:
-            importlib.import_module(f"tests.further_cases.{name}")
-        except ModuleNotFoundError as e:
-            print(f"# {name}: {e}")
+    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if found.name != "__main__":
+            try:
+                importlib.import_module(f"tests.further_cases.{found.name}")
+            except ModuleNotFoundError as e:
+                print(f"# {found.name}: {e}")
     cases = [c for c in core.CASES if (c.modality == only if only in MODALITIES else only in c.name)]
     if what == "oracle":
         bad = 0
