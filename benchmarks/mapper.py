@@ -119,7 +119,9 @@ def whisper() -> Pair:
         out = m(input_features=x["mel"], decoder_input_ids=x["tokens"]).last_hidden_state
         return out @ m.decoder.embed_tokens.weight.T
 
-    return Pair(theirs, ours, inputs, run_theirs, lambda m, x: m(x["mel"], x["tokens"]), "transformers -> openai-whisper")
+    return Pair(
+        theirs, ours, inputs, run_theirs, lambda m, x: m(x["mel"], x["tokens"]), "transformers -> openai-whisper"
+    )
 
 
 def gpt2() -> Pair:
@@ -276,7 +278,7 @@ def main() -> None:
         return
     print(
         f"{'model':14} {'layers':>6} {'verdict':8} {'size':>7} {'load':>6} {'forward':>8} {'plan':>7} "
-        f"{'plan x':>7} {'proof x':>8} {'memory x':>9}"
+        f"{'plan x':>7} {'proof x':>8} {'memory: plan, all':>19}"
     )
     for name in args.names or PAIRS:
         more = ["--layers", str(args.layers)] if args.layers else []
@@ -291,7 +293,7 @@ def main() -> None:
         print(
             f"{name:14} {args.layers or '':>6} {r['verdict']:8} {r['size'] / 2**30:5.2f} G {r['load']:5.2f}s "
             f"{r['forward']:7.2f}s {r['planning']:6.2f}s {r['planning_x']:6.1f}x {r['proof_x']:7.1f}x "
-            f"{r['memory_x']:8.1f}x   {r['message'][:120]}",
+            f"{r['memory_plan_x']:6.1f}x {r['memory_x']:6.1f}x   {r['message'][:120]}",
             flush=True,
         )
 

@@ -9,7 +9,7 @@ a gap in the inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,6 @@ from surgery.running import perturbed
 
 QUIET = 1e-12  # of the largest gradient of all: below it is what float64 leaves of a sum that cancels
 SHOWN = 1e-9  # relative; a value that moves by less than this has not moved
-GROUP = 1 << 30  # bytes of weights that are raised to float64 at a time
 FAITHFUL = 1e-10  # a replay that differs from the run by more is not a replay of it
 _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax")
 _NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm")
@@ -46,19 +45,23 @@ def backward_slice(tape: Tape, vids: Iterable[int]) -> list[int]:
     return nodes[::-1]
 
 
-def replay(tape: Tape, nodes: list[int], leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """The values of these nodes, with `leaves` in place of what the tape holds."""
+def replay(
+    tape: Tape, nodes: list[int], leaves: Mapping[int, Tensor], keep: Iterable[int] | None = None
+) -> dict[int, Tensor]:
+    """The values of these nodes, with `leaves` in place of what the tape holds. `keep`: the values asked for (all);
+    others are let go of once nothing needs them."""
     known: dict[int, Tensor] = dict(leaves)
+    last = _last_uses(tape, nodes, keep) if keep is not None else {}
 
     def value(x: object) -> object:
         if not isinstance(x, Ref):
             return x
-        if x.vid not in known:
-            held = tape.values[x.vid].tensor
-            if held is None:
-                raise NotFaithful(f"value {x.vid} was not kept")
-            known[x.vid] = twin.lift(held)
-        return known[x.vid]
+        if x.vid in known:
+            return known[x.vid]
+        held = tape.values[x.vid].tensor
+        if held is None:
+            raise NotFaithful(f"value {x.vid} was not kept")
+        return twin.Lifted(held) if held.dtype in twin.LOW else held  # raised to float64 where it is used
 
     for index in nodes:
         node = tape.nodes[index]
@@ -68,26 +71,53 @@ def replay(tape: Tape, nodes: list[int], leaves: Mapping[int, Tensor]) -> dict[i
         out = node.op(*args, **kwargs)
         for vid, t in zip(node.outs, out if isinstance(out, (tuple, list)) else (out,), strict=True):
             if vid >= 0 and vid not in leaves:
-                known[vid] = t
+                known[vid] = twin.lift(t)
+        for vid in last.get(index, ()):
+            known.pop(vid, None)
     return known
+
+
+def _last_uses(tape: Tape, nodes: list[int], keep: Iterable[int]) -> dict[int, list[int]]:
+    """For each node, the values that nothing after it needs."""
+    seen, out = set(keep), {}
+    for index in reversed(nodes):
+        node = tape.nodes[index]
+        done = {v for v in (*node.inputs, *node.outs) if v >= 0 and v not in seen}
+        seen |= done
+        out[index] = [v for v in done if tape.values[v].origin == "node"]
+    return out
+
+
+Item = tuple[int, str, int, Tensor]  # of a value: its number, its name, a segment's number and lines
+Live = tuple[Mapping[str, Tensor], list[Tensor]]  # a twin's tensors by name, and what it returned, with its graph
 
 
 @dataclass
 class Exercise:
-    """Gathered over all proof inputs. `hit`: elements with a gradient, by name; `read`: tensors that the outputs'
-    computation consumed."""
+    """Gathered over all proof inputs. `hit`: for each tensor and each of its axes, the lines with a gradient; `read`:
+    tensors that the outputs' computation consumed."""
 
     source: Mapping[str, TensorInfo]
     rows: Mapping[str, Row]
     values: Mapping[str, Tensor]
-    hit: dict[str, Tensor] = field(default_factory=dict)
+    hit: dict[str, list[Tensor]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     cancelled: dict[str, dict[int, str]] = field(default_factory=dict)  # name: segment: by what, for every input
     moved: dict[str, set[int]] = field(default_factory=dict)  # name: segments that perturbing showed to matter
+    untold: str = ""  # why it cannot be told what the inputs reached
     _segments: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
-    def add(self, tape: Tape, outputs: list[int]) -> None:
-        """What one run exercised, seen from these output values."""
+    def open(self) -> list[str]:
+        """The tensors of which not every line has had a part."""
+        return [
+            n
+            for n, v in self.values.items()
+            if v.is_floating_point() and v.numel() and not (n in self.hit and all(bool(h.all()) for h in self.hit[n]))
+        ]
+
+    def add(self, tape: Tape, outputs: list[int], live: Live | None = None) -> None:
+        """What one run exercised, seen from these output values. `live`: the run's own graph, where it has one; else
+        the tape is run again."""
         nodes = backward_slice(tape, outputs)
         inside = {vid for index in nodes for vid in tape.nodes[index].inputs} | set(outputs)
         names_of: dict[int, list[str]] = {}
@@ -99,68 +129,66 @@ class Exercise:
                 self.read.add(name)
             elif not value.is_floating_point() and constants.get(name) in inside:  # no gradient tells of integers
                 self.read.add(name)
-                self.hit[name] = torch.ones(value.shape, dtype=torch.bool)
+                self.hit[name] = [torch.ones(n, dtype=torch.bool) for n in (value.shape or (1,))]
         floats = [v for v in outputs if tape.values[v].dtype.is_floating_point or tape.values[v].dtype.is_complex]
+        wanted = set(self.open())
+        names_of = {vid: several for vid, several in names_of.items() if wanted.intersection(several)}
         with twin.math_only():
-            self._gradients(tape, nodes, floats, names_of)
+            self._gradients(tape, nodes, floats, names_of, live)
             self._silent(tape, nodes, floats, names_of)
 
-    def _gradients(self, tape: Tape, nodes: list[int], outputs: list[int], names_of: Mapping[int, list[str]]) -> None:
-        grads: dict[int, Tensor] = {}
-        for group in _groups({vid: tape.values[vid].tensor for vid in names_of}):
-            with torch.enable_grad():
-                leaves = {vid: t.detach().to(torch.float64).clone().requires_grad_() for vid, t in group.items()}
-                known = replay(tape, nodes, leaves)
-                total = _projection(tape, outputs, known)
-            if total is not None and total.requires_grad:
-                found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-                grads.update({vid: g.abs() for vid, g in zip(leaves, found, strict=True) if g is not None})
-        top = max((float(g.max()) for g in grads.values() if g.numel()), default=0.0)
-        for vid, g in grads.items():
-            hit = g > QUIET * top if top > 0 else torch.zeros_like(g, dtype=torch.bool)
+    def _gradients(
+        self, tape: Tape, nodes: list[int], outputs: list[int], names_of: Mapping[int, list[str]], live: Live | None
+    ) -> None:
+        with torch.enable_grad():
+            if live is not None:
+                own, returned = live
+                leaves = {vid: own[several[0]] for vid, several in names_of.items() if own[several[0]].requires_grad}
+                total = _projection(tape, [], {}, returned)
+            else:
+                leaves = {
+                    vid: (twin.Lifted(t) if t.dtype in twin.LOW else t.detach()).requires_grad_()
+                    for vid in names_of
+                    if (t := tape.values[vid].tensor) is not None
+                }
+                known = replay(tape, nodes, leaves, keep=outputs)
+                total = _projection(tape, outputs, known, [])
+            tops = _pulled(total, leaves) if total is not None and total.requires_grad and leaves else {}
+        top = max((float(lines[0].max()) for lines in tops.values()), default=0.0)
+        for vid, lines in tops.items():
+            hit = [m > QUIET * top if top > 0 else torch.zeros_like(m, dtype=torch.bool) for m in lines]
             for name in names_of[vid]:
-                self.hit[name] = hit | self.hit[name] if name in self.hit else hit
+                before = self.hit.get(name)
+                self.hit[name] = hit if before is None else [a | b for a, b in zip(before, hit, strict=True)]
 
     def _silent(self, tape: Tape, nodes: list[int], outputs: list[int], names_of: Mapping[int, list[str]]) -> None:
         """Perturb what was read without a trace, and look at where the trace ends."""
-        silent: list[tuple[int, str, int, Tensor]] = []
+        silent: list[Item] = []
         for vid, several in names_of.items():
             name = several[0]
+            hit = self.hit.get(name)
             for number, lines in self.segments(name):
-                whole = self.hit.get(name)
                 if self.cancelled.get(name, {}).get(number) or number in self.moved.get(name, ()):
                     continue  # known already; that no gradient reaches it holds here too
-                if whole is None or not bool(torch.atleast_1d(whole)[lines].any()):
+                if hit is None or not bool(hit[0][lines].any()):
                     silent.append((vid, name, number, lines))
         if not silent:
             return
-        base = replay(tape, nodes, {})
-        together = _perturbed_leaves(tape, silent)
-        moved = replay(tape, nodes, together)
-        if _changed_any(outputs, base, moved):
-            for item in silent[:64]:
-                alone = replay(tape, nodes, _perturbed_leaves(tape, [item]))
-                if _changed_any(outputs, base, alone):
-                    self.moved.setdefault(item[1], set()).add(item[2])
-                else:
-                    self._cancelled_by(tape, nodes, base, alone, item)
+        together = _followed(tape, nodes, outputs, silent)
+        if together is not None:
+            self._cancelled(together)
             return
-        for item in silent:
-            self._cancelled_by(tape, nodes, base, moved, item)
+        for item in silent[:64]:
+            alone = _followed(tape, nodes, outputs, [item])
+            if alone is None:
+                self.moved.setdefault(item[1], set()).add(item[2])
+            else:
+                self._cancelled(alone)
 
-    def _cancelled_by(
-        self,
-        tape: Tape,
-        nodes: list[int],
-        base: dict[int, Tensor],
-        moved: dict[int, Tensor],
-        item: tuple[int, str, int, Tensor],
-    ) -> None:
-        vid, name, number, _ = item
-        ends = _ends(tape, nodes, base, moved, vid)
-        why = "" if not ends else _symmetry(tape, ends, base, moved)
-        said = self.cancelled.setdefault(name, {})
-        said[number] = said.get(number, "") or why  # an input of one token shows nothing, for or against
+    def _cancelled(self, whys: Mapping[tuple[str, int], str]) -> None:
+        for (name, number), why in whys.items():
+            said = self.cancelled.setdefault(name, {})
+            said[number] = said.get(number, "") or why  # an input of one token shows nothing, for or against
 
     def segments(self, name: str) -> list[tuple[int, Tensor]]:
         """The segments of a tensor along its first axis: (number, the rows), each filled by one run of one index
@@ -175,7 +203,7 @@ class Exercise:
     @property
     def any(self) -> bool:
         """Whether any filled element had a part in the outputs."""
-        return any(bool(h.any()) for h in self.hit.values()) or bool(self.moved)
+        return any(bool(h[0].any()) for h in self.hit.values()) or bool(self.moved)
 
     def findings(self) -> tuple[list[str], list[str]]:
         """(not exercised, symmetries), in words, in the order of the rows."""
@@ -189,19 +217,16 @@ class Exercise:
             if name not in self.read:
                 gaps.append(f"{name}: filled, not exercised: what was compared does not depend on it")
                 continue
-            hit = self.hit.get(name)
-            if hit is None:
-                hit = torch.zeros(value.shape, dtype=torch.bool)
-            gap, symmetric = self._lines(name, hit.cpu())
+            hit = self.hit.get(name) or [torch.zeros(n, dtype=torch.bool) for n in (value.shape or (1,))]
+            gap, symmetric = self._lines(name, hit)
             gaps += gap
             symmetries += symmetric
         return gaps, symmetries
 
-    def _lines(self, name: str, hit: Tensor) -> tuple[list[str], list[str]]:
-        hit = hit.reshape(1) if hit.ndim == 0 else hit
+    def _lines(self, name: str, hit: list[Tensor]) -> tuple[list[str], list[str]]:
         symmetries: list[str] = []
-        missing = torch.zeros(hit.shape[0], dtype=torch.bool)
-        rows_hit = hit.reshape(hit.shape[0], -1).any(1)
+        rows_hit = hit[0]
+        missing = torch.zeros(len(rows_hit), dtype=torch.bool)
         segments = self.segments(name)
         for number, lines in segments:
             if not bool(rows_hit[lines].any()):
@@ -222,8 +247,7 @@ class Exercise:
         if count == total and total > 1:
             return [f"{name}: filled, not exercised: it has no influence on what was compared"], symmetries
         gaps = [f"{name}: filled, not exercised: {count} of {total} rows"] if count else []
-        for axis in range(1, hit.ndim):
-            line = hit.movedim(axis, 0).reshape(hit.shape[axis], -1).any(1)
+        for axis, line in enumerate(hit[1:], 1):
             if bool(line.any()) and not bool(line.all()):
                 at = torch.nonzero(line).flatten()
                 outside = int(at[0]) + len(line) - 1 - int(at[-1])
@@ -259,32 +283,56 @@ def _pure_layout(expr: Expr) -> bool:
     return kind(expr) == "exact" and all(names(e) and e.op != "neg" for e in walk(expr) if isinstance(e, Call))
 
 
-def _groups(tensors: Mapping[int, Tensor | None]) -> Iterable[dict[int, Tensor]]:
-    group: dict[int, Tensor] = {}
-    size = 0
-    for vid, t in tensors.items():
-        if t is None:
-            continue
-        need = 8 * t.numel()
-        if group and size + need > GROUP:
-            yield group
-            group, size = {}, 0
-        group[vid] = t
-        size += need
-    if group:
-        yield group
+def _pulled(total: Tensor, leaves: Mapping[int, Tensor]) -> dict[int, list[Tensor]]:
+    """For each leaf and each of its axes, the largest gradient in each line. A leaf's gradient is looked at as soon as
+    it is there and not kept."""
+    found: dict[int, list[Tensor]] = {}
+
+    def looked(vid: int) -> Callable[[Tensor], None]:
+        def look(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            found[vid] = _largest(leaf.grad.detach())
+            leaf.grad = None
+
+        return look
+
+    handles = [leaf.register_post_accumulate_grad_hook(looked(vid)) for vid, leaf in leaves.items()]
+    try:
+        torch.autograd.backward([total], inputs=list(leaves.values()))
+    finally:
+        for h in handles:
+            h.remove()
+    return found
 
 
-def _projection(tape: Tape, outputs: list[int], known: Mapping[int, Tensor]) -> Tensor | None:
-    """One number that depends on every element of every output."""
+def _largest(g: Tensor) -> list[Tensor]:
+    """For each axis, the largest absolute value in each line."""
+    if g.ndim < 2:
+        return [g.abs().reshape(-1).cpu()]
+    flat = g.reshape(g.shape[0], -1)
+    rows = torch.maximum(flat.amax(1), -flat.amin(1))
+    some = torch.nonzero(rows).flatten()
+    if len(some) < len(rows) // 2:  # of a table, few rows were looked up
+        g = g.index_select(0, some)
+    return [rows.cpu()] + [
+        g.abs().amax([a for a in range(g.ndim) if a != axis]).cpu()
+        if g.numel()
+        else torch.zeros(g.shape[axis], dtype=g.dtype)
+        for axis in range(1, g.ndim)
+    ]
+
+
+def _projection(tape: Tape, outputs: list[int], known: Mapping[int, Tensor], returned: list[Tensor]) -> Tensor | None:
+    """One number that depends on every element of every output: of a replay, or as returned."""
     total: Tensor | None = None
-    for i, vid in enumerate(outputs):
+    for vid in outputs:
         y = known.get(vid)
-        if y is None:
-            continue
         held = tape.values[vid].tensor
-        if held is not None and not _equal(y.detach(), held):
+        if y is not None and held is not None and not _equal(y.detach(), twin.lift(held)):
             raise NotFaithful(f"value {vid}")
+    for i, y in enumerate([*(known[v] for v in outputs if v in known), *returned]):
+        if not y.numel() or not (y.is_floating_point() or y.is_complex()):
+            continue
         y = torch.view_as_real(y) if y.is_complex() else y
         y = torch.where(torch.isfinite(y), y, 0.0)
         g = torch.Generator().manual_seed(i)
@@ -303,7 +351,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return not b.numel() or float((a - b).abs().max()) <= FAITHFUL * max(top, 1e-300)
 
 
-def _perturbed_leaves(tape: Tape, items: list[tuple[int, str, int, Tensor]]) -> dict[int, Tensor]:
+def _perturbed_leaves(tape: Tape, items: list[Item]) -> dict[int, Tensor]:
     leaves: dict[int, Tensor] = {}
     for vid, _, number, lines in items:
         held = tape.values[vid].tensor
@@ -319,10 +367,7 @@ def _perturbed_leaves(tape: Tape, items: list[tuple[int, str, int, Tensor]]) -> 
     return leaves
 
 
-def _moved(vid: int, base: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> bool:
-    a, b = base.get(vid), moved.get(vid)
-    if a is None or b is None or a is b:
-        return False
+def _apart(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return not torch.equal(a, b)
     a, b = (torch.where(t.abs() < HUGE, t, 0.0) for t in (a, b))  # a masked score is no measure of the others
@@ -330,49 +375,84 @@ def _moved(vid: int, base: Mapping[int, Tensor], moved: Mapping[int, Tensor]) ->
     return bool(a.numel()) and float((a - b).abs().max()) > SHOWN * max(top, 1e-300)
 
 
-def _changed_any(outputs: list[int], base: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> bool:
-    return any(_moved(vid, base, moved) for vid in outputs)
+def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
+    """Perturb these segments together and follow what moves, side by side with the run as it was, holding only what is
+    still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one just
+    ends. None where an output moves."""
+    leaves = _perturbed_leaves(tape, items)
+    marks: dict[int, set[tuple[str, int]]] = {}
+    for vid, name, number, _ in items:
+        marks.setdefault(vid, set()).add((name, number))
+    ends: dict[tuple[str, int], set[str]] = {}
+    known: dict[int, Tensor] = {}
+    other: dict[int, Tensor] = dict(leaves)
+    last = _last_uses(tape, nodes, outputs)
 
+    def held(vid: int) -> Tensor:
+        if vid not in known:
+            t = tape.values[vid].tensor
+            if t is None:
+                raise NotFaithful(f"value {vid} was not kept")
+            return twin.lift(t)
+        return known[vid]
 
-def _ends(
-    tape: Tape, nodes: list[int], base: Mapping[int, Tensor], moved: Mapping[int, Tensor], vid: int
-) -> list[tuple[Node, int]]:
-    """(node, input) where the change of `vid` goes in and none comes out."""
-    changed = {vid}
-    ends = []
     for index in nodes:
         node = tape.nodes[index]
-        into = [v for v in node.inputs if v in changed]
-        if not into:
-            continue
-        out = [o for o in node.outs if o >= 0 and _moved(o, base, moved)]
-        if out:
-            changed.update(out)
-        else:
-            ends.append((node, into[0]))
-    return ends
+        if all(tape.values[o].origin == "const" for o in node.outs if o >= 0):
+            continue  # drawn at random in the run: the tape keeps what was drawn
+        for vid, t in _outs(node, lambda x: held(x.vid) if isinstance(x, Ref) else x):
+            known[vid] = t
+        into = [v for v in node.inputs if v in other]
+        if into:
+            changed = {
+                vid: t
+                for vid, t in _outs(node, lambda x: other.get(x.vid, held(x.vid)) if isinstance(x, Ref) else x)
+                if _apart(known[vid], t)
+            }
+            other.update(changed)
+            whose = set().union(*(marks[v] for v in into))
+            if changed:
+                for vid in changed:
+                    marks[vid] = whose
+            else:
+                why = _why(node, {v: held(v) for v in node.inputs}, other)
+                for who in whose:
+                    ends.setdefault(who, set()).add(why)
+        for vid in last.get(index, ()):
+            known.pop(vid, None)
+            other.pop(vid, None)
+    if any(v in other for v in outputs):
+        return None
+    told = {}
+    for _, name, number, _ in items:
+        said = ends.get((name, number), set())
+        told[name, number] = "" if "" in said else " and ".join(sorted(said))
+    return told
 
 
-def _symmetry(tape: Tape, ends: list[tuple[Node, int]], base: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> str:
-    """By what every trace is cancelled for any input, or an empty text where one of them just ends."""
-    said = set()
-    for node, vid in ends:
-        op = getattr(node.op, "__name__", str(node.op)).split(".")[0]
-        before, after = base.get(vid), moved.get(vid)
-        if before is None or after is None:
-            return ""
-        if op in _SOFTMAX:
-            dim = node.args[1] if isinstance(node.args[1], int) else -1
-            seen = torch.softmax(before, dim) > 1e-6
-            shift = torch.nan_to_num(after - before)
-            several = seen.sum(dim, keepdim=True) > 1
-            if not bool((several & (shift.abs().amax(dim, keepdim=True) > 0)).any()):
-                return ""  # one key only: every weight before it is cancelled, and for this input alone
-            said.add("the softmax cancels it")
-        elif op in _NORMS:
-            said.add("the normalisation after it cancels it")
-        elif op == "sub" and len(node.inputs) > 1 and all(_moved(v, base, moved) for v in node.inputs):
-            said.add("it cancels in a difference")
-        else:
-            return ""
-    return " and ".join(sorted(said))
+def _outs(node: Node, value: Callable[[object], object]) -> Iterator[tuple[int, Tensor]]:
+    args, kwargs = tree_map(value, node.args), tree_map(value, node.kwargs)
+    out = node.op(*args, **kwargs)
+    for vid, t in zip(node.outs, out if isinstance(out, (tuple, list)) else (out,), strict=True):
+        if vid >= 0:
+            yield vid, t
+
+
+def _why(node: Node, base: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> str:
+    """By what an operator cancels the change of what goes into it, for any input; or an empty text."""
+    op = getattr(node.op, "__name__", str(node.op)).split(".")[0]
+    vid = next(v for v in node.inputs if v in moved)
+    before, after = base[vid], moved[vid]
+    if op in _SOFTMAX:
+        dim = node.args[1] if isinstance(node.args[1], int) else -1
+        seen = torch.softmax(before, dim) > 1e-6
+        shift = torch.nan_to_num(after - before)
+        several = seen.sum(dim, keepdim=True) > 1
+        if bool((several & (shift.abs().amax(dim, keepdim=True) > 0)).any()):
+            return "the softmax cancels it"
+        return ""  # one key only: every weight before it is cancelled, and for this input alone
+    if op in _NORMS:
+        return "the normalisation after it cancels it"
+    if op == "sub" and len(node.inputs) > 1 and all(v in moved for v in node.inputs):
+        return "it cancels in a difference"
+    return ""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from surgery import attribution, passes, surface
+from surgery import twin as twin_of
 from surgery.checkpoint import Checkpoint
 from surgery.divergence import diverge
 from surgery.errors import GraftError
@@ -129,10 +130,15 @@ class Judge:
         return self._record(self.reference_side, self.reference_twin(), at, set(self.links), calls, None)
 
     def record_target(
-        self, twin: nn.Module, at: int, calls: list[Call] | None = None, sizes: frozenset[int] | None = None
+        self,
+        twin: nn.Module,
+        at: int,
+        calls: list[Call] | None = None,
+        sizes: frozenset[int] | None = None,
+        returned: list[Tensor] | None = None,
     ) -> Tape:
-        """`sizes`: how many elements the activations of interest have (any number)."""
-        return self._record(self.target_side, twin, at, set(self.values), calls, sizes)
+        """`sizes`: how many elements the activations of interest have (any number). `returned`: see `record`."""
+        return self._record(self.target_side, twin, at, set(self.values), calls, sizes, returned)
 
     def _record(
         self,
@@ -142,21 +148,28 @@ class Judge:
         weights: set[str],
         calls: list[Call] | None,
         sizes: frozenset[int] | None,
+        returned: list[Tensor] | None = None,
     ) -> Tape:
         label, x = self.inputs[at]
         x = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, x)
         with side.failures(twin, label, calls, sizes):
-            return record(side.run, twin, x, weights=weights, sizes=sizes)
+            return record(side.run, twin, x, weights=weights, sizes=sizes, returned=returned)
 
     # -- comparing ------------------------------------------------------------------------------------------------
-    def compare(self, expected: list[list[Tensor]], target: nn.Module) -> Comparison:
-        """The target's twin against what the reference gave, on every proof input."""
+    def compare(self, expected: list[list[Tensor]], target: nn.Module, exercise: Exercise | None = None) -> Comparison:
+        """The target's twin against what the reference gave, on every proof input. `exercise`: gathers what the inputs
+        reach, for as long as they agree."""
         found = Comparison()
         nothing = self._shows_nothing(expected)
         places: dict[str, frozenset[Place]] = {}
         worst = -1.0
-        for at, (label, x) in enumerate(self.inputs):
-            if self.probe.run_target is not None:
+        # Small inputs first: what they explain need not be explained on large ones.
+        for at in sorted(range(len(self.inputs)), key=lambda i: sum(e.numel() for e in expected[i])):
+            label, x = self.inputs[at]
+            if self.probe.run_target is not None and exercise is not None and not found.differs:
+                got = self._exercising(target, at, expected[at], exercise)
+                results = self._returned(expected[at], got, label)
+            elif self.probe.run_target is not None:
                 results = self._returned(expected[at], self.target_side.outputs(target, x, label), label)
             else:
                 results = self._surfaced(expected[at], target, at, found)
@@ -176,6 +189,57 @@ class Judge:
         for name, why in nothing.items():
             found.why.setdefault(name, why)
         return found
+
+    def _exercising(self, target: nn.Module, at: int, expected: list[Tensor], exercise: Exercise) -> list[Tensor]:
+        """What the target's twin returns on an input; and what of it the input exercised, where it is right."""
+        label, x = self.inputs[at]
+        own = all_tensors(target)
+        followed = {id(own[n]): own[n] for n in exercise.open() if n in own and own[n].is_floating_point()}
+        returned: list[Tensor] = []
+        live: tuple[Mapping[str, Tensor], list[Tensor]] | None = (own, returned)
+        try:
+            for t in followed.values():
+                t.requires_grad_(True)
+            sizes = frozenset(a.numel() for a in expected)
+            tape = self.record_target(target, at, sizes=sizes, returned=returned)
+        except GraftError as error:
+            if isinstance(error.__cause__, NotRecordable):
+                exercise.untold = f"what the inputs exercised cannot be told: {error.__cause__}"
+                return self.target_side.outputs(target, x, label)
+            live = None  # a program that minds gradients
+        finally:
+            for t in followed.values():
+                t.requires_grad_(False)
+        if live is None:
+            tape = self.record_target(target, at, sizes=frozenset(a.numel() for a in expected))
+        elif any(t.is_floating_point() and not t.requires_grad for t in returned):
+            live = None  # or one that switches them off
+        got = [twin_of.lift(t).detach() for v in tape.outputs() if (t := tape.values[v].tensor) is not None]
+        if len(got) != len(tape.outputs()) or not got:
+            return self.target_side.outputs(target, x, label)
+        if len(got) == len(expected) and all(
+            surface.residual(a, b) <= GATE for a, b in zip(expected, got, strict=True)
+        ):
+            self._told(exercise, tape, tape.outputs(), live, followed)
+        return got
+
+    def _told(
+        self,
+        exercise: Exercise,
+        tape: Tape,
+        outputs: list[int],
+        live: tuple[Mapping[str, Tensor], list[Tensor]] | None = None,
+        followed: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        try:
+            for t in (followed or {}).values():
+                t.requires_grad_(live is not None)
+            exercise.add(tape, outputs, live)
+        except NotFaithful:
+            exercise.untold = "the target's run cannot be replayed, so that what the inputs exercised is unknown"
+        finally:
+            for t in (followed or {}).values():
+                t.requires_grad_(False)
 
     def _returned(
         self, expected: list[Tensor], got: list[Tensor], label: str
@@ -241,16 +305,23 @@ class Judge:
         self.names = output_names(self.probe, counts.pop())
         surfaced = self.probe.run_target is None
         target = self.target_twin(new=surfaced)
-        found = self.compare(self.expected, target)
+        rows = {r.target: r for r in self.plan.rows if r.status in MADE}
+        exercise = Exercise(self.source, rows, self.values)
+        found = self.compare(self.expected, target, exercise)
         causes: list[str] = []
         if found.differs and max(found.residuals.values()) < 1e-3:
             found, causes = self._attributed(found)
+            exercise = Exercise(self.source, rows, self.values)
+            if found.passed and not surfaced:
+                self._recorded(exercise)
         main = f"{self.device.type}/float64"
         gaps: list[str] = []
         symmetries: list[str] = []
         why = "; ".join(dict.fromkeys(found.why.values()))
         if found.passed:
-            gaps, symmetries, nothing = self._exercised(found)
+            for tape, outputs in found.tapes:  # of a surface, known only now
+                self._told(exercise, tape, outputs)
+            gaps, symmetries, nothing = self._exercised(exercise)
             gaps += unused_masks(self.inputs, self.target, surfaced)
             why = nothing
         labels = tuple(label for label, _ in self.inputs)
@@ -326,32 +397,28 @@ class Judge:
                 return None
             raise
 
-    def _exercised(self, found: Comparison) -> tuple[list[str], list[str], str]:
+    def _exercised(self, exercise: Exercise) -> tuple[list[str], list[str], str]:
         """(not exercised, symmetries, why nothing is shown)."""
-        rows = {r.target: r for r in self.plan.rows if r.status in MADE}
-        exercise = Exercise(self.source, rows, self.values)
-        try:
-            runs = found.tapes or self._recorded()
-            # Small inputs first: what they explain need not be explained on large ones.
-            for tape, outputs in sorted(runs, key=lambda run: sum(math.prod(run[0].values[v].shape) for v in run[1])):
-                exercise.add(tape, outputs)
-        except NotFaithful:
-            return [], [], "the target's run cannot be replayed, so that what the inputs exercised is unknown"
-        except GraftError as error:
-            if not isinstance(error.__cause__, NotRecordable):
-                raise
-            return [], [], f"what the inputs exercised cannot be told: {error.__cause__}"
+        if exercise.untold:
+            return [], [], exercise.untold
         gaps, symmetries = exercise.findings()
         if not exercise.any:
             return gaps, symmetries, "what was compared does not depend on any filled tensor, which proves nothing"
         self._note_new()
         return gaps, symmetries, ""
 
-    def _recorded(self) -> Iterator[tuple[Tape, list[int]]]:
-        twin = self.target_twin()
+    def _recorded(self, exercise: Exercise) -> None:
+        """What the inputs exercise, of a run that is right but for a cause that was found."""
+        target = self.target_twin()
         for at in range(len(self.inputs)):
-            tape = self.record_target(twin, at, sizes=frozenset(a.numel() for a in self.expected[at]))
-            yield tape, tape.outputs()
+            try:
+                tape = self.record_target(target, at, sizes=frozenset(a.numel() for a in self.expected[at]))
+            except GraftError as error:
+                if not isinstance(error.__cause__, NotRecordable):
+                    raise
+                exercise.untold = f"what the inputs exercised cannot be told: {error.__cause__}"
+                return
+            self._told(exercise, tape, tape.outputs())
 
     def _note_new(self) -> None:
         """Returned outputs may depend on tensors that stay as they are initialised: then they are right as they are."""

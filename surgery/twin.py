@@ -84,12 +84,16 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
     if func in LOOKUPS and isinstance(args[0], Tensor) and all(not isinstance(a, Lifted) for a in args[1:]):
         table = args[0].stored.detach() if isinstance(args[0], Lifted) else args[0]
         return lift(func(table, *args[1:], **kwargs))
+    if func in TURNS and isinstance(args[0], Lifted):
+        return Lifted(func(args[0].stored.detach(), *args[1:], **kwargs))
     return func(*mapped(lift, args), **{k: mapped(lift, v) for k, v in kwargs.items()})
 
 
 LOOKUPS = frozenset(
     {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 )
+# A matrix turned for a product stays in the type that it is stored in: autograd keeps it.
+TURNS = frozenset({torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default})
 
 
 class LiftCasts(TorchDispatchMode):

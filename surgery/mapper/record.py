@@ -8,6 +8,7 @@ does not depend on layout.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
 import weakref
 from collections import deque
@@ -391,11 +392,11 @@ class Recorder(TorchDispatchMode):
         new = canon(self, *args, **kwargs) if canon else self.call(overload, *args, **kwargs)
         if new.shape != t.shape:
             new = self.call(aten.expand.default, new, list(t.shape))
-        if isinstance(t, twin.Lifted):  # the twin's stand-in changes, the person's tensor does not
+        if isinstance(t, twin.Lifted) and t not in self.windows:  # the stand-in changes, the person's tensor does not
             t.stored = new.clone()
             self.ids[t] = self.vid(new)
             return t
-        if t in self.windows and not torch.equal(new, t):
+        if t in self.windows and not torch.equal(new, twin.lift(t)):
             raise NotRecordable(f"{func} writes into a view of a parameter, which must not change while a model runs")
         alive = [a for w in self.storages.get(t.untyped_storage()._cdata, []) if (a := w()) is not None]
         aliases = [a for a in alive if a is not t and a in self.ids]
@@ -505,6 +506,7 @@ def record(
     sizes: frozenset[int] | None = None,
     weights: set[str] | None = None,
     spare: bool = False,
+    returned: list[Tensor] | None = None,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -512,6 +514,8 @@ def record(
     the state-dict names that count as weights (all of them); the others are constants of the program. `sizes`: how many
     elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held
     anyway. `spare`: of activations that no sum of weights refers to, keep the fingerprint only.
+    `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
+    gradient are followed.
     """
     rec = Recorder(keep, sizes, spare)
     tape = rec.tape
@@ -540,8 +544,11 @@ def record(
                 vid = rec.add(t, Value(tuple(t.shape), t.dtype, "input", data=True, fingerprint=fingerprint(t)))
                 tape.values[vid].tensor = t.detach().clone()
         with twin.LiftConstants(), _Touch(rec), _paths(module, rec.stack), rec:
-            out = fn(module, x)
+            with torch.enable_grad() if returned is not None else contextlib.nullcontext():
+                out = fn(module, x)
             tape.result = tree_map(lambda t: Ref(rec.vid(t)) if isinstance(t, Tensor) else t, out)
+        if returned is not None:
+            returned += [t for t in tree_iter(out) if isinstance(t, Tensor)]
         for t in tree_iter(out):
             if isinstance(t, Tensor) and (value := tape.values[rec.vid(t)]).tensor is None and (spare or keep):
                 value.tensor = twin.lift(t).detach()
