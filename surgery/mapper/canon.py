@@ -208,6 +208,26 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         shape = _channel(x, w) if w.numel() > 1 and x.ndim > 1 else [1] * x.ndim
         return r.call(aten.add.Tensor, pos, r.call(aten.mul.Tensor, neg, r.call(aten.view.default, w, shape)))
 
+    def fresh(r: Recorder, x: Any, size: Any, fill: Any, dtype: Any, device: Any) -> Any:
+        dtype, device = x.dtype if dtype is None else dtype, x.device if device is None else device
+        return r.call(aten.full.default, list(size), fill, dtype=dtype, device=device)
+
+    def like(op: Any, fill: Any) -> Callable[..., Any]:
+        """A tensor shaped like another holds nothing of it: the state that a recurrence starts from is no data."""
+
+        def made(r: Recorder, x: Any, *args: Any, dtype: Any = None, device: Any = None, **rest: Any) -> Any:
+            if not x.is_contiguous() or rest.get("layout") not in (None, torch.strided):
+                return r.call(op, x, *args, dtype=dtype, device=device, **rest)
+            return fresh(r, x, x.shape, args[0] if fill is None else fill, dtype, device)
+
+        return made
+
+    def new(fill: Any) -> Callable[..., Any]:
+        def made(r: Recorder, x: Any, size: Any, *args: Any, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+            return fresh(r, x, size, args[0] if fill is None else fill, dtype, device)
+
+        return made
+
     def resampled(op: Any) -> Callable[..., Any]:
         """To the size that it has: every sampling point is a pixel, whatever the kernel, and the image is itself."""
 
@@ -223,6 +243,12 @@ def _canon() -> dict[Any, Callable[..., Any]]:
 
     return {
         **{op: resampled(op) for op in RESAMPLING},
+        aten.zeros_like.default: like(aten.zeros_like.default, 0),
+        aten.ones_like.default: like(aten.ones_like.default, 1),
+        aten.full_like.default: like(aten.full_like.default, None),
+        aten.new_zeros.default: new(0),
+        aten.new_ones.default: new(1),
+        aten.new_full.default: new(None),
         aten.addmm.default: addmm,
         aten.addmv.default: addmv,
         aten.mv.default: mv,
