@@ -152,7 +152,7 @@ def _inverted(h: Hypothesis, u: Virtual, at: Tensor, numbers: Tensor) -> bool:
     name = base(node.op)
     args = _weights(h, node)
     if name == "_weight_norm_interface":
-        v, g, dim = node.args[0].vid, node.args[1].vid, node.args[2]
+        v, g, dim = node.args[0].vid, node.args[1].vid, node.args[2] if len(node.args) > 2 else 0
         shape = h.tape.values[v].shape
         if at.numel() != math.prod(shape):
             return False

@@ -59,6 +59,8 @@ class Renderer:
         """The expression of a settled tensor. Raises Unrenderable."""
         if not b.full:
             raise Unrenderable("some elements are open")
+        if not any(p.sources for p in b.pieces):
+            return call("zeros", shape=b.shape)
         if (told := self._by_pieces(b)) is not None:
             return told
         addends = [x.reshape(b.shape) for x in (b.ids, *b.more)]
@@ -208,8 +210,8 @@ class Renderer:
         node = self.ref.tape.nodes[v.node]
         name = base(node.op)
         if name == "_weight_norm_interface" and v.out == 0:
-            w, g, dim = node.args
-            return call("weight_norm", self._value(g.vid), self._value(w.vid), dim=int(dim))
+            w, g, *dim = node.args
+            return call("weight_norm", self._value(g.vid), self._value(w.vid), dim=int(dim[0]) if dim else 0)
         args = [a for a in node.args if isinstance(a, Ref)]
         if name in ("exp", "log", "sqrt", "rsqrt", "neg", "reciprocal", "square") and len(args) == 1:
             return call(name, self._value(args[0].vid))
