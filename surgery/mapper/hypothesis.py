@@ -283,9 +283,11 @@ class Hypothesis(Affine):
         """(which output channels of a convolution are settled, the convolution with those)."""
         names = {self.owner(n)[1] for n in (site.w.lo, site.w.hi)}
         if names == {""} or not any(n in self.bound for n in names):
-            return torch.zeros(site.w.shape[0], dtype=torch.bool), None
+            return torch.zeros(site.kernel().shape[0], dtype=torch.bool), None
         value, done = self._settled(site.w.dense())
-        column = done.flatten(1).all(1)
+        column = (
+            self._settled(site.kernel().dense())[1].flatten(1).all(1) if site.transposed else done.flatten(1).all(1)
+        )
         if not bool(column.any()):
             return column, None
         geometry = (list(g) if isinstance(g, tuple) else g for g in site.geometry)

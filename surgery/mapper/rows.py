@@ -125,6 +125,43 @@ def _keys(s: Site) -> Tensor:
     return s.keys
 
 
+def _windows(t: Site, r: Site, present: Tensor) -> Tensor | None:
+    """For each row of a convolution, the row of another in which the kernel stands at the same place of what is not
+    zero: one may pad its input where the other cuts its output. None where no row is."""
+    mine, theirs = _origins(t), _origins(r)
+    last = int(present.max()) + 1
+    if mine == theirs:
+        return torch.arange(last)
+    places, batches = [], len(t.x)
+    for (size_t, at_t, step), (size_r, at_r, _) in zip(mine, theirs, strict=True):
+        if (at_t - at_r) % step:
+            return None
+        place = torch.arange(size_t) + (at_t - at_r) // step
+        places.append(torch.where((place >= 0) & (place < size_r), place, -1))
+    out = torch.arange(batches)
+    for place, (size_r, _, _) in zip(places, theirs, strict=True):
+        out = torch.where((out.unsqueeze(-1) >= 0) & (place >= 0), out.unsqueeze(-1) * size_r + place, torch.tensor(-1))
+    out = out.reshape(-1)[:last]
+    return out if bool((out[present] >= 0).any()) else None
+
+
+def _origins(s: Site) -> list[tuple[int, int, int]]:
+    """For each axis of space: (how long the output is, where its first element lies relative to the first of the input
+    that is not zero, how far it is to the next); in steps of the output where the convolution is a transposed one."""
+    stride, padding, dilation, transposed, more, _ = s.geometry
+    out = []
+    for a in range(s.x.ndim - 2):
+        at = [g[a if len(g) > 1 else 0] for g in (stride, padding, dilation, more)]
+        seen = (s.x != 0).transpose(0, 2 + a).flatten(1).any(1)
+        origin = int(torch.nonzero(seen)[0]) if bool(seen.any()) else 0
+        n, reach = s.x.shape[2 + a], at[2] * (s.w.shape[2 + a] - 1)
+        if transposed:
+            out.append(((n - 1) * at[0] - 2 * at[1] + reach + at[3] + 1, -at[1] - origin * at[0], 1))
+        else:
+            out.append(((n + 2 * at[1] - reach - 1) // at[0] + 1, -at[1] - origin, at[0]))
+    return out
+
+
 def match_sites(t: Site, r: Site, present: Tensor, *, scaled: bool = False) -> Rows | None:
     """Do two products read the same rows? Two convolutions are compared by input and geometry. `scaled`: rows that are
     those of the other times a constant will do."""
@@ -151,15 +188,22 @@ def _multiples(t: Site, r: Site, present: Tensor) -> Rows | None:
 
 def _same_rows(t: Site, r: Site, present: Tensor) -> Rows | None:
     if t.conv and r.conv:
-        if t.w.shape[1:] != r.w.shape[1:] or t.geometry[0] != r.geometry[0] or t.geometry[2:4] != r.geometry[2:4]:
+        if (
+            t.kernel().shape[1:] != r.kernel().shape[1:]
+            or t.geometry[0] != r.geometry[0]
+            or t.geometry[2:4] != r.geometry[2:4]
+        ):
             return None
         if t.geometry[5] != r.geometry[5]:
             return None
         fa, fb = fingerprint(t.x), fingerprint(r.x)
         if fa is None or fb is None or not same(fa, fb):
             return None
+        found = _windows(t, r, present)
+        if found is None:
+            return None
         channels = _channels(t.x, r.x) if t.geometry[5] == 1 else None
-        return Rows(torch.arange(int(present.max()) + 1), channels)
+        return Rows(found, channels)
     a, b = t.linear(), r.linear()
     if a is None or b is None:
         return None

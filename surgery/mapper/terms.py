@@ -32,6 +32,19 @@ class Site:
     def conv(self) -> bool:
         return bool(self.geometry)
 
+    @property
+    def transposed(self) -> bool:
+        return self.conv and bool(self.geometry[3])
+
+    def kernel(self) -> Grid:
+        """The numbers of a convolution's kernel as [channels out, channels in of one group, *space]; a transposed one's
+        is stored with the channels that go in first."""
+        if not self.transposed:
+            return self.w
+        groups, (a, b, *space) = self.geometry[5], self.w.shape
+        apart = self.w.reshape(groups, a // groups, b, *space)
+        return apart.transpose(1, 2).reshape(groups * b, a // groups, *space)
+
     def linear(self) -> tuple[Tensor, Grid] | None:
         """(rows [N, K], weight numbers [K, M]); a plain convolution as the product of its unfolded input."""
         if not self.conv:

@@ -302,7 +302,7 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor, exact: bool) 
     assert r.site is not None
     factors = [rows.gain * r.coef / t.coef] if exact else []
     if t.site.conv and r.site.conv:
-        wt, wr = t.site.w.take(0, ct), r.site.w.take(0, cr)
+        wt, wr = t.site.kernel().take(0, ct), r.site.kernel().take(0, cr)
         if rows.columns is not None:
             if bool((rows.columns < 0).any()):
                 return None
