@@ -55,34 +55,46 @@ def find(
 
     links = dict(links) if links is not None else link(probe.reference, source)
     x = probe.search_input()
-    seen = _ran(
-        "reference", lambda: record(probe.run_reference, twin.twin(probe.reference), x, weights=set(links), spare=True)
-    )
-    _check_links(probe.reference, seen, links)
-    reference = Reference(seen)
     own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}
     floats = {n for n, t in own.items() if t.is_floating_point() and n not in kept}
+    maybe = _maybe_constant(target)
+    exact: dict[str, Tensor] = {}
 
-    def again(values: dict[str, Tensor]) -> Tape:
-        return record(probe.call_target, twin.twin(target, values), x, weights=floats, keep=0, sizes=frozenset())
+    def refer(values: dict[str, Tensor]) -> Tape:
+        return record(probe.run_reference, twin.twin(probe.reference, values), x, weights=set(links), spare=True)
 
+    def again(values: dict[str, Tensor], keep: int = 0) -> Tape:
+        sizes = None if keep else frozenset[int]()
+        return record(probe.call_target, twin.twin(target, exact | values), x, weights=floats, keep=keep, sizes=sizes)
+
+    seen = _ran("reference", lambda: refer({}))
+    _check_links(probe.reference, seen, links)
+    exact |= _computed(target, {n for n in floats if n not in maybe}, seen)
     tape = _ran("target", lambda: again({}))
-    outputs = seen.outputs()
-    if not outputs:
-        raise GraftError(
-            "the probe's reference returned no tensor", hint="run_reference must return a Tensor or a tuple."
+
+    def searched(seen: Tape) -> tuple[Hypothesis | None, Hypothesis]:
+        reference, outputs = Reference(seen), seen.outputs()
+        if not outputs:
+            raise GraftError(
+                "the probe's reference returned no tensor", hint="run_reference must return a Tensor or a tuple."
+            )
+        equal = _outputs_equal if probe.run_target is not None else _outputs_occur
+        search = Search(
+            tape,
+            reference,
+            own=own | exact,
+            maybe_constant=maybe,
+            prior=names.likeness,
+            again=again,
+            accept=equal(reference, outputs),
         )
-    accept = _outputs_equal(reference, outputs) if probe.run_target is not None else _outputs_occur(reference, outputs)
-    search = Search(
-        tape,
-        reference,
-        own=own,
-        maybe_constant=_maybe_constant(target),
-        prior=names.likeness,
-        again=again,
-        accept=accept,
-    )
-    won, best = search.run()
+        return search.run()
+
+    won, best = searched(seen)
+    if won is None and _tables(probe.reference, set(links)):
+        ran = _ran("target", lambda: again({}, keep=1 << 28))
+        if better := _computed(probe.reference, set(links), ran):
+            won, best = searched(_ran("reference", lambda: refer(better)))
     return _plan(source, target, best, dict(links), own, kept, found=won is not None)
 
 
@@ -97,6 +109,24 @@ def _ran(side: str, run: Callable[[], Tape]) -> Tape:
             f"the {side} failed to run on the probe's input: {type(e).__name__}: {e}",
             hint=f"Run the {side} on this input by itself, and correct the input (example()) or the module.",
         ) from e
+
+
+def _computed(module: nn.Module, weights: set[str], other: Tape) -> dict[str, Tensor]:
+    """The tables of constants that a module stores rounded and the other side computes as it runs, as computed there:
+    the search compares values more closely than float32 rounds. (The proof tries the same, and says so.)"""
+    from surgery import attribution
+
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    found = attribution.tables(module, {id(t) for n, t in named.items() if n in weights}, other)
+    return {n: found[id(t)] for n, t in named.items() if id(t) in found}
+
+
+def _tables(module: nn.Module, weights: set[str]) -> bool:
+    """Does a module hold a table that is no weight?"""
+    return any(
+        n not in weights and t.is_floating_point() and t.numel() > 1
+        for n, t in module.named_buffers(remove_duplicate=False)
+    )
 
 
 def _check_links(reference: nn.Module, tape: Tape, links: Mapping[str, Expr]) -> None:

@@ -306,7 +306,7 @@ class Affine(ABC):
         """A non-linear operation consumes it, as it is or moved, or it is the known factor of a product."""
         found = self.ends.get(vid)
         if found is None:
-            found = False
+            found = self.ends[vid] = False  # an operator may give back its own argument
             for c in self.tape.consumers[vid]:
                 node = self.tape.nodes[c]
                 kind = self.kind(node)

@@ -104,6 +104,16 @@ class Hypothesis(Affine):
         found = super().terms(vid, root)
         return [self._told(t) for t in found] if root else found
 
+    def part_terms(self, vid: int, part: Part) -> list[Term]:
+        """The sum that a part of a value is."""
+        return [self._told(t) for t in part.of(self.terms(vid))]
+
+    def _weight_terms(self, vid: int) -> list[Term]:
+        v = self.tape.values[vid]
+        if v.origin == "param" and v.name in self.constant:
+            return [Term("known", 1.0, value=self.constant[v.name], vid=vid)]
+        return super()._weight_terms(vid)
+
     def known(self, vid: int) -> Tensor | None:
         value = self.computed_value(vid)
         v = self.tape.values[vid]
