@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from surgery import twin
 from surgery.mapper.grid import Grid
 from surgery.mapper.record import Node, Ref, Tape, overlay
-from surgery.mapper.terms import Site, Term, Virtual
+from surgery.mapper.terms import Site, Term, Virtual, informative
 
 aten = torch.ops.aten
 
@@ -516,9 +516,12 @@ class Affine(ABC):
             return [Term("product", 1.0, site=site, row=row, col=col)]
         left = self.weight_only(a)  # w @ x is the transpose of x.T @ w.T
         xv, wv = (b, a) if left else (a, b)
-        x, w = self.known(xv), self.weight_matrix(wv)
+        x = self.known(xv)
         if x is None:
             raise NotAffine(xv)
+        if not informative(x):  # zero times anything: the first step of a recurrence
+            return [Term("known", 1.0, value=torch.zeros(shape, dtype=torch.float64))]
+        w = self.weight_matrix(wv)
         if left:
             x, w = x.transpose(-1, -2), w.transpose(-2, -1)
         if name == "mm":

@@ -265,7 +265,9 @@ class Hypothesis(Affine):
         """A product whose matrix is settled in some columns is known there."""
         out = []
         for t in super()._product(node, index, shape):
-            assert t.site is not None
+            if t.site is None:
+                out.append(t)
+                continue
             assert t.row is not None
             assert t.col is not None
             if not live(t):  # zero times anything
@@ -328,7 +330,9 @@ class Hypothesis(Affine):
         elif not any(h[2] in self.bound for n in (site.w.lo, site.w.hi) if (h := self.holder(n)) is not None):
             return column, None
         value, done = self._settled(site.w.dense())
-        column = done.all(0)
+        seen = torch.unique(compact(row).to(torch.int64))
+        idle = ~(site.x[seen[seen > 0] - 1] != 0).any(0)  # zero times anything: the first step of a recurrence
+        column = (done | idle.unsqueeze(1)).all(0)
         if not bool(column.any()):
             return column, None
         return column, cells(site.x @ torch.where(column, value, 0.0), row, col)

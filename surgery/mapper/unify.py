@@ -287,7 +287,9 @@ def _by_products(
                 break
             assert assignments is not None
             assignments += extra
-        if ok and assignments is not None:
+        scaled = _scales(e, target, source, lead_t.coef / lead_r.coef, exact) if ok else None
+        if scaled is not None and assignments is not None:
+            assignments += scaled
             m = _rest(e, target, source, lead_t.coef, lead_r.coef, exact)
             if m is not None:
                 m.assignments = assignments + m.assignments
@@ -333,6 +335,39 @@ def _weights(t: Term, r: Term, rows: Rows, ct: Tensor, cr: Tensor, exact: bool) 
 
 def _all(columns: Tensor, n: int) -> bool:
     return len(columns) == n and bool((columns == torch.arange(n)).all())
+
+
+def _scales(e: Tensor, target: list[Term], source: list[Term], gain: float, exact: bool) -> list[Assignment] | None:
+    """The scaled values of the target beside a product, each with one of the reference's whose known factor is the
+    same under e; None where one has none, or where one of the reference's is left and the target adds nothing known."""
+    free = [r for r in source if r.kind == "scale" and r.value is not None]
+    out = []
+    for t in target:
+        if t.kind != "scale":
+            continue
+        for r in free:
+            alike = exact or math.isclose(t.coef / gain, r.coef, rel_tol=1e-9)
+            if alike and (made := _scale(e, t, r)) is not None:
+                made.factors = [r.coef / t.coef] if exact else []
+                out.append(made)
+                free = [f for f in free if f is not r]
+                break
+        else:
+            return None
+    known = any(t.kind == "known" and t.value is not None and informative(t.value) for t in target)
+    return None if free and not known else out
+
+
+def _scale(e: Tensor, t: Term, r: Term) -> Assignment | None:
+    """The scale of one known value from the scale of another, where the two values are the same under e."""
+    here = (_flat(t.ids) > 0) & (e >= 0)
+    if t.value is None or r.value is None or not bool(here.any()):
+        return None
+    a, b = t.value.reshape(-1)[here], r.value.reshape(-1)[e[here]]
+    if not bool(((a - b).abs() <= 1e-8 * b.abs().max()).all()):
+        return None
+    pair = function(_flat(t.ids)[here], _flat(r.ids)[e[here]])
+    return None if pair is None or bool((pair[1] == 0).any()) else Assignment.of(*pair)
 
 
 def _by_values(
