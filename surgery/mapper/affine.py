@@ -51,6 +51,13 @@ VIEWS = frozenset(
 )  # fmt: skip
 
 
+# Those of them that keep some of the elements.
+PARTS = frozenset(
+    {"slice", "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "chunk"}
+    | {"unsafe_chunk", "index", "index_select"}
+)
+
+
 def base(op: Any) -> str:
     """The operator's plain name: aten.view.default -> view."""
     if op is overlay:
@@ -374,7 +381,7 @@ class Affine(ABC):
         if (rows := self._looked_up(node)) is not None:
             return rows
         for i in dict.fromkeys(moved):
-            for term in self.terms(i, root=root):  # what is moved is still the whole value
+            for term in self._moved_terms(i, name, root):
 
                 def one(t: Tensor, i: int = i) -> Tensor:
                     if kwargs_free:
@@ -394,6 +401,25 @@ class Affine(ABC):
                 result.append(new)
         return result
 
+    def _moved_terms(self, vid: int, name: str, root: bool) -> list[Term]:
+        """The sum that a moved value is: what is moved is still the whole value. Of a value of which only other parts
+        are consumed, this part is no addend of its own."""
+        v = self.tape.values[vid]
+        part = self.cut and not root and name in PARTS and v.origin == "node" and v.data and v.weights
+        if part and self.is_end(vid) and not self._consumed_whole(vid):
+            return self._node_terms(vid, root)
+        return self.terms(vid, root=root)
+
+    def _consumed_whole(self, vid: int) -> bool:
+        for c in self.tape.consumers[vid]:
+            node = self.tape.nodes[c]
+            kind = self.kind(node)
+            if kind in ("barrier", "scale") or self._as_rows(c, vid):
+                return True
+            if kind == "layout" and base(node.op) not in PARTS and any(self.is_end(o) for o in node.outs if o >= 0):
+                return True
+        return False
+
     def _looked_up(self, node: Node) -> list[Term] | None:
         """Rows of a table: their numbers, without numbering the whole table."""
         if base(node.op) != "index":
@@ -408,7 +434,11 @@ class Affine(ABC):
 
     def row_terms(self, vid: int, rows: Tensor) -> list[Term]:
         """The terms of these rows of a table of weights."""
-        return [Term("weight", 1.0, ids=self.row_numbers(vid, rows).to(torch.float64))]
+        shape = self.tape.values[vid].shape
+        size = math.prod(shape[1:])
+        rows = torch.where(rows < 0, rows + shape[0], rows)
+        place = rows.reshape(*rows.shape, *[1] * (len(shape) - 1)) * size + torch.arange(1, size + 1).reshape(shape[1:])
+        return [Term("weight", 1.0, ids=self.row_numbers(vid, rows).to(torch.float64), place=place.to(torch.float64))]
 
     def row_numbers(self, vid: int, rows: Tensor) -> Tensor:
         g = self.grid(vid)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import Affine, NotAffine, base
+from surgery.mapper.affine import PARTS, Affine, NotAffine, base
 from surgery.mapper.bound import Bound, Piece
 from surgery.mapper.grid import Grid, axes, cut
+from surgery.mapper.parts import Part
 from surgery.mapper.record import PERMUTING, Fingerprint, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import Recipe, numbers, pattern
@@ -20,12 +21,6 @@ from surgery.mapper.terms import Site, Term, cells, compact
 from surgery.mapper.unify import Assignment, function, live
 
 aten = torch.ops.aten
-
-
-PARTS = frozenset(
-    {"slice", "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "chunk"}
-    | {"unsafe_chunk", "index", "index_select"}
-)  # layouts that keep some of the elements
 
 
 @dataclass
@@ -217,9 +212,13 @@ class Hypothesis(Affine):
             terms = self.terms(vid)
         except NotAffine:
             return None
+        return self.total(terms, self.tape.values[vid].shape)
+
+    def total(self, terms: list[Term], shape: tuple[int, ...]) -> Tensor | None:
+        """The value of a sum of which all is known."""
         if not all(t.kind == "known" and t.value is not None for t in terms):
             return None
-        total = torch.zeros(self.tape.values[vid].shape, dtype=torch.float64)
+        total = torch.zeros(shape, dtype=torch.float64)
         for t in terms:
             total = total + t.coef * t.value  # type: ignore[operator]
         return total

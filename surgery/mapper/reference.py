@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.grid import Grid, cut, read
+from surgery.mapper.parts import Part, cut_up
 from surgery.mapper.record import FingerprintIndex, Node, Tape, fingerprint
-from surgery.mapper.rows import RowIndex
+from surgery.mapper.rows import RowIndex, match_rows
 from surgery.mapper.terms import Site, Term, Virtual
 
 
@@ -69,6 +71,11 @@ class Product:
         return [f.at(where) for f in self.factors]
 
 
+def _flat(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t.reshape(-1)
+
+
 class Reference(Affine):
     """The reference's tape: every value is known, and every weight has its number."""
 
@@ -93,15 +100,24 @@ class Reference(Affine):
         self._pure()
 
     def slices(self, n: int) -> FingerprintIndex:
-        """Parts of n elements of values along their second axis: one head of all."""
+        """Parts of n elements of values: one head of all along their second axis, one gate of all that one operator has
+        seen."""
         if n not in self._slices:
             items = []
             for vid, v in enumerate(self.tape.values):
                 if v.data and v.fingerprint and len(v.shape) == 4 and 1 < v.shape[1] <= 64:
                     if math.prod(v.shape) == n * v.shape[1] and (whole := self.known(vid)) is not None:
                         items += [(vid, fingerprint(part)) for part in whole.unbind(1)]
+            for vid, part in self._cut_up:
+                shape = self.tape.values[vid].shape
+                if math.prod(part.shape(shape)) == n and (whole := self.known(vid)) is not None:
+                    items.append((vid, fingerprint(part.cut(whole))))
             self._slices[n] = FingerprintIndex(items)
         return self._slices[n]
+
+    @cached_property
+    def _cut_up(self) -> list[tuple[int, Part]]:
+        return [(vid, part) for vid, v in enumerate(self.tape.values) if v.data for part in cut_up(self, vid)]
 
     def known(self, vid: int) -> Tensor | None:
         v = self.tape.values[vid]
@@ -131,6 +147,26 @@ class Reference(Affine):
         """Is it nothing but the matrix of products?"""
         consumers = [self.tape.nodes[c] for c in self.tape.consumers[vid]]
         return bool(consumers) and self.weight_only(vid) and all(self.kind(c) == "product" for c in consumers)
+
+    @cached_property
+    def lookups(self) -> list[Term]:
+        """For each table, all of its rows that were looked up anywhere, as one term."""
+        found: dict[int, list[Term]] = {}
+        for vid in self.pure:
+            try:
+                terms = self.terms(vid)
+            except NotAffine:
+                continue
+            if len(terms) == 1 and terms[0].place is not None and terms[0].ids is not None and terms[0].coef == 1.0:
+                held = self.holder(int(terms[0].ids.max()))
+                if held is not None:
+                    found.setdefault(held[0], []).append(terms[0])
+        return [
+            Term(
+                "weight", 1.0, ids=torch.cat([_flat(t.ids) for t in ts]), place=torch.cat([_flat(t.place) for t in ts])
+            )
+            for ts in found.values()
+        ]
 
     def _of_zeros(self, node: Node) -> bool:
         known = [self.known(v) for v in node.inputs if not self.weight_only(v)]
@@ -179,6 +215,26 @@ class Reference(Affine):
                 continue
             if sites and not any(s.conv for s in sites):
                 yield from ((i, s) for s in sites)
+
+    def occurs(self, value: Tensor) -> bool:
+        """Is there a value like this, a part of one, or one that tells nothing?"""
+        f = fingerprint(value)
+        return (
+            f is None or bool(self.index.find(f)) or bool(self.slices(value.numel()).find(f)) or self._among_rows(value)
+        )
+
+    def _among_rows(self, value: Tensor) -> bool:
+        """Is it some of the rows of a table that was looked up?"""
+        if value.ndim < 2:
+            return False
+        rows = value.reshape(-1, value.shape[-1])
+        for vid in self.pure:
+            t = self.known(vid)
+            if t is None or t.ndim < 2 or t.shape[-1] != rows.shape[1] or t.numel() <= rows.numel():
+                continue
+            if match_rows(rows, torch.arange(len(rows)), t.reshape(-1, t.shape[-1]), part=False) is not None:
+                return True
+        return False
 
     def values_of(self, numbers: Tensor) -> Tensor:
         """The values of weight elements, in float64; 0 where the number is 0."""

@@ -22,6 +22,7 @@ from surgery.mapper import coefficients
 from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
+from surgery.mapper.parts import Part, cut_up, seen_as
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import moved_on, pattern, recipe
@@ -37,6 +38,15 @@ aten = torch.ops.aten
 
 Prior = Callable[[str, str], float]
 Found = tuple[Match, float, int]  # a way to settle a value, its score, the node of the reference that led to it
+Cut = Callable[[list[Term]], list[Term]]
+
+
+def _as_it_is(terms: list[Term]) -> list[Term]:
+    return terms
+
+
+def _apart_or_not(terms: list[Term]) -> list[Term]:
+    return apart(terms) or list(terms)
 
 
 class Search:
@@ -226,13 +236,59 @@ class Search:
 
     # -- one value ----------------------------------------------------------------------------------------------------
     def _settle(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
-        """All hypotheses in which `vid` is known, or tainted where nothing in the reference fits."""
+        """All hypotheses in which `vid` is known, or tainted where nothing in the reference fits: as a whole, or part
+        by part where only its parts occur in the reference."""
         if h.known(vid) is not None or vid in h.tainted:
             return [h]
         names = h.open_names(vid)
         key = self._key_of(h, vid, names)
         if key in h.recipes and vid not in h.searched and (g := self._as_before(h, vid, key, names)) is not None:
             return [g]
+        cut = cut_up(h, vid)
+        if not cut:
+            return self._settle_whole(h, vid, key, names)
+        before = len(self.reserve)
+        whole = self._settle_whole(h.fork(), vid, key, names)
+        if any(vid not in g.tainted and g.last != [False] for g in whole):
+            return whole
+        others = self.reserve[before:]
+        del self.reserve[before:]
+        hs = [h.fork()]
+        for part in cut:
+            hs = [k for g in hs for k in self._settle_part(g, vid, part)]
+            hs = sorted(hs, key=lambda g: -g.score)[:WIDTH]
+        hs = [g for g in hs if g.known(vid) is not None]
+        if not hs:
+            self.reserve += others
+        return hs or whole
+
+    def _settle_part(self, h: Hypothesis, vid: int, part: Part) -> list[Hypothesis]:
+        """All hypotheses in which this part of a value is known and occurs in the reference, if it can."""
+        try:
+            terms = h.part_terms(vid, part)
+        except NotAffine:
+            return []
+        if all(t.kind == "known" for t in terms):
+            return [h]
+        shape = part.shape(h.tape.values[vid].shape)
+        fresh, again = [], []
+        for match, score, node in self._unified(h, terms, shape, vid):
+            g = h.fork()
+            if not g.settle(match.assignments):
+                continue
+            value = g.total(g.part_terms(vid, part), shape)
+            if value is None or not all(self.reference.occurs(v) for v in seen_as(g, vid, value)):
+                continue
+            (again if any(k in h.used for k in _firsts(match)) else fresh).append(g)
+            g.swapped |= match.swapped
+            g.score += score
+            self._remember(g, match, 2, node)
+            g.last = [True]
+        if fresh:  # weights that have found their place come here only if all else fails
+            self.reserve += [(0, g) for g in again]
+        return fresh or again
+
+    def _settle_whole(self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]) -> list[Hypothesis]:
         found = self._candidates(h, vid)
         taken = self._taken(h, vid, found)
         for g, match in taken:
@@ -341,6 +397,8 @@ class Search:
         if node is None or h.kind(node) != "layout":
             return [vid]
         moved = [i for i in node.inputs if h.tape.values[i].dtype.is_floating_point]
+        if value.data and all(h.weight_only(i) for i in moved):  # rows that were looked up
+            return [vid]
         return [p for i in dict.fromkeys(moved) for p in self._joined(h, i)]
 
     def _constants(self, h: Hypothesis, vid: int) -> bool:
@@ -412,9 +470,9 @@ class Search:
         if node is not None and coefficients.bilinear(h, node):
             found = self._folded(h, node, found)
         elif found and (node is None or any(m.gain != 1.0 for m, _, _ in found)):
-            exact = self._unified_as(h, terms, shape, lambda t: t, exact=True)
+            exact = self._unified_as(h, terms, shape, _as_it_is, exact=True)
             found = found + [(m, score - 2.0, at) for m, score, at in exact if _scales(m)]
-        return found or self._unified_as(h, terms, shape, lambda t: t, exact=True)
+        return found or self._unified_as(h, terms, shape, _as_it_is, exact=True)
 
     def _folded(self, h: Hypothesis, node: Node, found: list[Found]) -> list[Found]:
         """Factors of a product of two values: where the reference multiplies by a constant around that product and the
@@ -433,42 +491,59 @@ class Search:
         return out
 
     def _multiples(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
-        whole = self._unified_as(h, terms, shape, lambda t: t)
-        if whole and not all(m.missing for m, _, _ in whole):
+        whole = self._unified_as(h, terms, shape, _as_it_is)
+        if not all(m.missing or m.inner for m, _, _ in whole):
             return whole
         if not whole and any(t.kind == "known" for t in terms):
             whole = self._unified_as(h, terms, shape, self.reference.computed)
-        parts = apart(terms)  # a product of a concatenation against products of its parts
-        return self._unified_as(h, parts or terms, shape, lambda t: apart(t) or list(t)) or whole
+        # a product of a concatenation against products of its parts, or against a product of one of them alone
+        for mine, theirs in ((apart(terms), _apart_or_not), (terms, _apart_or_not), (apart(terms), _as_it_is)):
+            if mine and (found := self._unified_as(h, mine, shape, theirs)):
+                keys = {_key(m) for m, _, _ in found}
+                return found + [w for w in whole if w[0].inner and not w[0].missing and _key(w[0]) not in keys]
+        return whole or self._looked_up(h, terms, shape)
+
+    def _looked_up(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[tuple[Match, float, int]]:
+        """Rows of a table that the reference looks up here and there, not at once."""
+        found = []
+        for t in self.reference.lookups if any(t.place is not None for t in terms) else []:
+            assert t.ids is not None
+            found += unify(terms, shape, [t], (len(t.ids),))
+        return [(m, self._score(h, m) - m.penalty, -1) for m in found]
 
     def _unified_as(
         self,
         h: Hypothesis,
         terms: list[Term],
         shape: tuple[int, ...],
-        cut: Callable[[list[Term]], list[Term]],
+        cut: Cut,
         *,
         exact: bool = False,
     ) -> list[Found]:
         ref = self.reference
+        ends = set(ref.tape.outputs())
         found: list[Found] = []
         seen: set[tuple[Any, ...]] = set()
         n = math.prod(shape)
         for start, values in self._meeting(h, terms, cut, exact):
             for group in self._nearest(values, shape, exact):
                 best: list[Found] = []
-                for y in group:
+                for y, part in group:
                     try:
                         theirs = cut(ref.terms(y))
                     except NotAffine:
                         continue
-                    size = math.prod(ref.tape.values[y].shape)
-                    for m in unify(terms, shape, theirs, ref.tape.values[y].shape, exact=exact):
+                    size_r = ref.tape.values[y].shape
+                    if part is not None:
+                        theirs, size_r = part.of(theirs), part.shape(size_r)
+                    size = math.prod(size_r)
+                    for m in unify(terms, shape, theirs, size_r, exact=exact):
                         m.like = y
                         self._scale(m)
                         key = _key(m)
                         if key not in seen:
                             seen.add(key)
+                            m.inner = part is None and not (ref.is_end(y) or y in ends)
                             best.append((m, self._score(h, m) - m.penalty - (0.0 if size == n else 0.5), start))
                 found += best
                 if any(b[0].missing == 0 for b in best):
@@ -478,8 +553,9 @@ class Search:
         found.sort(key=lambda f: (f[0].missing, -f[1]))
         return found[:WIDTH]
 
-    def _nearest(self, values: list[int], shape: tuple[int, ...], exact: bool) -> list[list[int]]:
-        """Values of the reference in the order in which to try them: ends of the same size, others of it, larger.
+    def _nearest(self, values: list[int], shape: tuple[int, ...], exact: bool) -> list[list[tuple[int, Part | None]]]:
+        """Values of the reference (or parts of one that is cut up later) in the order in which to try them: ends of
+        the same size, others of it, larger.
 
         Of values that are one value moved or scaled, one is enough: that in the target's shape, else one with its axes
         in another order (their elements need not be told apart by value), else the last. `exact`: a value that was
@@ -516,11 +592,15 @@ class Search:
         first = [y for y in equal if root[y] in ends]
         larger = [y for y in chosen.values() if size[y] > n]
         smaller = [y for y in chosen.values() if size[y] < n]
-        return [g for g in (first, [y for y in equal if y not in first], larger, smaller) if g]
+        groups: list[list[tuple[int, Part | None]]] = [
+            [(y, None) for y in group] for group in (first, [y for y in equal if y not in first], larger, smaller)
+        ]
+        for y in larger:
+            whole = values_of[y].shape
+            groups[0] += [(y, part) for part in cut_up(ref, y) if math.prod(part.shape(whole)) == n]
+        return [g for g in groups if g]
 
-    def _meeting(
-        self, h: Hypothesis, terms: list[Term], cut: Callable[[list[Term]], list[Term]], exact: bool
-    ) -> Iterator[tuple[int, list[int]]]:
+    def _meeting(self, h: Hypothesis, terms: list[Term], cut: Cut, exact: bool) -> Iterator[tuple[int, list[int]]]:
         """Where in the reference to look: (a node, the values that follow from it)."""
         ref = self.reference
         out: list[tuple[int, list[int]]] = []
@@ -563,7 +643,7 @@ class Search:
         yield from ((ref.tape.values[y].node, [y]) for y in ref.pure)
 
     def _read_alike(
-        self, site: Site, rows: Tensor, nodes: list[int], cut: Callable[[list[Term]], list[Term]], exact: bool
+        self, site: Site, rows: Tensor, nodes: list[int], cut: Cut, exact: bool
     ) -> Iterator[tuple[int, list[int]]]:
         """Those of these products that read rows of the site's."""
         ref = self.reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,16 +83,19 @@ class Term:
     coef: float
     value: Tensor | None = None  # known, scale: the known factor
     ids: Tensor | None = None  # scale, weight: weight elements, 0 where there is none
+    place: Tensor | None = None  # weight, of a table that was looked up: the element's place in it plus 1, 0 where none
     site: Site | None = None  # product
     row: Tensor | None = None  # product: row of the site plus 1, 0 where the term is absent
     col: Tensor | None = None
     vid: int = -1  # known, scale: the value it came from
 
     def tensors(self) -> list[str]:
-        return {"known": ["value"], "scale": ["value", "ids"], "weight": ["ids"], "product": ["row", "col"]}[self.kind]
+        if self.kind == "weight":
+            return ["ids"] if self.place is None else ["place", "ids"]
+        return {"known": ["value"], "scale": ["value", "ids"], "product": ["row", "col"]}[self.kind]
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> Term:
-        new = Term(self.kind, self.coef, self.value, self.ids, self.site, self.row, self.col, self.vid)
+        new = self.scaled(1.0)
         for name in self.tensors():
             setattr(new, name, f(getattr(self, name)))
         if (
@@ -104,7 +107,7 @@ class Term:
         return new
 
     def scaled(self, c: float) -> Term:
-        return Term(self.kind, self.coef * c, self.value, self.ids, self.site, self.row, self.col, self.vid)
+        return replace(self, coef=self.coef * c)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.mapper.grid import Grid
 from surgery.mapper.record import HUGE
 from surgery.mapper.rows import Rows, match_rows, match_sites
-from surgery.mapper.terms import Term, compact, informative
+from surgery.mapper.terms import Site, Term, compact, informative
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Match:
     gain: float = 1.0  # how many times the reference's value the target's is
     like: int = -1  # the value of the reference that was matched
     folds: int = -1  # the product of two values (a node of the target) whose constant factor the weights take
+    inner: bool = False  # the reference's value is an addend of a larger sum, and nothing else
 
 
 # -------------------------------------------------------------------------------------------------------- alignment
@@ -220,20 +221,45 @@ def unify(
 
 
 def _merged(terms: list[Term]) -> list[Term]:
-    """Scaled values that stand in different elements (parts of a concatenation) as one."""
+    """Terms that stand in different elements (parts of a concatenation, steps that were stacked) as one: scaled values,
+    products with one matrix, one and the same weights."""
     out: list[Term] = []
     for t in terms:
-        if t.kind == "scale" and t.value is not None and t.ids is not None:
-            for k, o in enumerate(out):
-                if o.kind == "scale" and o.coef == t.coef and not bool(((o.ids > 0) & (t.ids > 0)).any()):  # type: ignore[operator]
-                    value = torch.where(t.ids > 0, t.value, o.value)  # type: ignore[arg-type]
-                    out[k] = Term("scale", t.coef, value=value, ids=o.ids + t.ids, vid=o.vid)  # type: ignore[operator]
-                    break
-            else:
-                out.append(t)
+        for k, o in enumerate(out):
+            if o.kind == t.kind and o.coef == t.coef and (joined := _joined(o, t)) is not None:
+                out[k] = joined
+                break
         else:
             out.append(t)
     return out
+
+
+def _joined(a: Term, b: Term) -> Term | None:
+    if a.kind == "product":
+        return _stacked(a, b)
+    if a.kind not in ("scale", "weight") or a.ids is None or b.ids is None or bool(((a.ids > 0) & (b.ids > 0)).any()):
+        return None
+    if a.kind == "scale":
+        if a.value is None or b.value is None:
+            return None
+        return replace(a, value=torch.where(b.ids > 0, b.value, a.value), ids=a.ids + b.ids)
+    if a.place is not None or b.place is not None or not torch.equal(torch.unique(a.ids), torch.unique(b.ids)):
+        return None
+    return replace(a, ids=a.ids + b.ids)
+
+
+def _stacked(a: Term, b: Term) -> Term | None:
+    """Two products with one matrix, in different elements, as the product of all their rows."""
+    s, t = a.site, b.site
+    if s is None or t is None or a.row is None or b.row is None or a.col is None or b.col is None:
+        return None
+    if s.conv or t.conv or s.x.shape[1] != t.x.shape[1] or s.w.lo != t.w.lo or not s.w.same(t.w):
+        return None
+    if bool(((a.row > 0) & (b.row > 0)).any()):
+        return None
+    row = torch.where(b.row > 0, b.row + len(s.x), a.row)
+    site = Site(s.node, torch.cat([s.x, t.x]), -1, s.w)
+    return replace(a, site=site, row=row, col=a.col + b.col)
 
 
 def _pairings(tp: list[Term], rp: list[Term], exact: bool) -> Iterator[list[tuple[Term, Term, Rows]]]:
@@ -448,12 +474,32 @@ def _by_known(
     elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
         lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
         lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
+        e = _looked_up(target, source)
+        if e is not None and (m := _rest(e, target, source, lead_t, lead_r, exact)) is not None:
+            m.penalty -= 1.0
+            out.append(m)
         for k, e in enumerate(_orders(shape_t, shape_r)):
             m = _rest(e, target, source, lead_t, lead_r, exact)
             if m is not None:
                 m.penalty += k
                 out.append(m)
     return out
+
+
+def _looked_up(target: list[Term], source: list[Term]) -> Tensor | None:
+    """For rows of a table that were looked up, the elements of the reference that have the same place in theirs: a step
+    of a sequence among all of its steps."""
+    t, r = ([x for x in terms if x.kind == "weight"] for terms in (target, source))
+    if len(t) != 1 or len(r) != 1 or t[0].place is None or r[0].place is None or t[0].coef != r[0].coef:
+        return None
+    mine, theirs = _flat(t[0].place), _flat(r[0].place)
+    if not len(mine) or not len(theirs):
+        return None
+    first = torch.full((int(max(mine.max(), theirs.max())) + 1,), -1, dtype=torch.int64)
+    first[theirs] = torch.arange(len(theirs))
+    first[0] = -1
+    e = first[mine]
+    return e if bool(((e >= 0) | (mine == 0)).all()) else None
 
 
 def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: float, exact: bool) -> Match | None:
