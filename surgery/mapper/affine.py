@@ -92,6 +92,7 @@ class Affine(ABC):
         self.grids: dict[int, Grid | None] = {}
         self.memo: dict[int, list[Term]] = {}
         self.ends: dict[int, bool] = {}
+        self.bare: dict[int, bool] = {}
 
     # -- what a node is -----------------------------------------------------------------------------------------------
     def weight_only(self, vid: int) -> bool:
@@ -157,7 +158,7 @@ class Affine(ABC):
         outs = [o for o in node.outs if o >= 0]
         if outs and self.weight_only(outs[0]):
             return "sum" if self._overwritten(node) is not None else "virtual"
-        return "barrier"
+        return "sum" if self._overwritten(node) is not None else "barrier"  # a mask made from the input
 
     def _overwritten(self, node: Node) -> tuple[int, Any, bool] | None:
         """(weights, what stands in place of some of them, does the mask choose the weights?) where a mask and the other
@@ -287,7 +288,11 @@ class Affine(ABC):
         v = self.tape.values[vid]
         if v.origin == "param":
             out = self._weight_terms(vid)
-        elif v.origin != "node" or not v.weights or (self.cut and not root and v.data and self.is_end(vid)):
+        elif (
+            v.origin != "node"
+            or not v.weights
+            or (self.cut and not root and v.data and self.is_end(vid) and not self.is_bare(vid))
+        ):
             out = self._need(vid)
         elif not self.cut and (k := self.computed_value(vid)) is not None:
             out = [Term("known", 1.0, value=k, vid=vid)]
@@ -308,6 +313,19 @@ class Affine(ABC):
         if self.known(vid) is None:
             raise NotAffine(vid)
         return self.atom(vid)
+
+    def is_bare(self, vid: int) -> bool:
+        """Weights with nothing but masks added: a bias of positions, which stands for itself nowhere."""
+        found = self.bare.get(vid)
+        if found is None:
+            v = self.tape.values[vid]
+            found = False
+            if v.origin == "node" and v.weights and v.data and self.kind(self.tape.nodes[v.node]) in ("layout", "sum"):
+                inputs = [i for i in self.tape.nodes[v.node].inputs if self.tape.values[i].dtype.is_floating_point]
+                mixed = [i for i in inputs if self.tape.values[i].weights and self.tape.values[i].data]
+                found = all(self.is_bare(i) for i in mixed)
+            self.bare[vid] = found
+        return found
 
     def is_end(self, vid: int) -> bool:
         """A non-linear operation consumes it, as it is or moved, or it is the known factor of a product."""
