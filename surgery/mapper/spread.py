@@ -36,7 +36,7 @@ class Spread(Affine):
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
         self.tape, self.cut = reference.tape, True
-        self.memo, self.ends = {}, {}
+        self.memo, self.ends, self.bare = {}, {}, {}
         self.made: dict[tuple[object, ...], Grid] = {}  # numbers of products and negatives of weights
         self.fed: dict[int, bool] = {}
         self.folding = [i for i in reference.scales if self._scales_product(self.tape.nodes[i])]
