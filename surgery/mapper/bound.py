@@ -123,13 +123,26 @@ class Bound:
 
     def with_piece(self, new: Piece) -> Bound | None:
         """This and one piece more; itself where it is known already, None where it contradicts what is settled."""
+        kept = []
         for old in self.pieces:
+            kept.append(old)
             if new.apart_from(old):
                 continue
             if old.at.same(new.at) and len(old.sources) == len(new.sources):
                 if all(a.same(b) for a, b in zip(old.sources, new.sources, strict=True)):
                     return self
                 return None
+            if old.at.numel() < new.at.numel():
+                flat = old.at.flat()
+                place = new.lookup(flat)
+                both = place >= 0
+                if not _agree([s.flat()[both] for s in old.sources], new.numbers(place[both])):
+                    return None
+                if bool(both.all()):  # part of the new one
+                    kept.pop()
+                    continue
+                if not bool(both.any()):
+                    continue
             flat = new.at.flat()
             place = old.lookup(flat)
             both = place >= 0
@@ -140,7 +153,7 @@ class Bound:
             if bool(both.all()):
                 return self
             new = new.only(~both)
-        return Bound(self.shape, [*self.pieces, new])
+        return Bound(self.shape, [*kept, new])
 
     def lookup(self, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(first source number, further addends) at flat positions: 0 open, -1 zero."""
@@ -194,10 +207,21 @@ class Bound:
             pieces.append(Piece(Grid.of(none), (), shape))
         return cls(shape, pieces)
 
+    @cached_property
+    def shift(self) -> int | None:
+        """By how much the numbers of one source tensor of this layout are larger than the places, where all comes from
+        it as it is."""
+        if not self.full or any(len(p.sources) != 1 for p in self.pieces) or not self.pieces:
+            return None
+        by = self.pieces[0].sources[0].first - self.pieces[0].at.first
+        return by if all(p.sources[0].same(p.at.shifted(by)) for p in self.pieces) else None
+
     # -- values -------------------------------------------------------------------------------------------------------
     def value(self, fetch: ReadFn) -> Tensor:
         """The tensor, all of it settled. `fetch` gives the values of source numbers. A view of the source's own memory
         where the layout allows."""
+        if self.shift is not None:
+            return fetch(Grid.whole(self.shift, self.shape))
         if len(self.pieces) == 1 and len(self.pieces[0].sources) == 1:
             piece = self.pieces[0]
             if (grid := in_box(piece, piece.sources[0], [(0, n) for n in self.shape])) is not None:

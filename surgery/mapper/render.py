@@ -71,6 +71,8 @@ class Renderer:
 
     def _by_pieces(self, b: Bound) -> Expr | None:
         """The pieces side by side along one axis, where each is a source tensor as it is or with its axes permuted."""
+        if b.shift is not None:
+            return self._grid(Grid.whole(b.shift, b.shape))
         runs: dict[int, list[tuple[int, Expr]]] = {}
         for p in b.pieces:
             at = _box(p)
