@@ -27,26 +27,26 @@ def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
     The search for one that has no namesake: equal bytes under another name; the same elements under another shape or
     order of axes; rows of a larger tensor; several tensors joined along an axis.
     """
-    live = {n: t.detach() for n, t in reference.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    found: dict[str, Expr] = {}
-    seen: dict[int, str] = {}
-    rest: list[str] = []
+    live = {n: t for n, t in reference.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    names: dict[int, list[str]] = {}  # tied tensors are one, and found under any of their names
     for name, t in live.items():
-        if id(t) in seen and seen[id(t)] in found:
-            found[name] = found[seen[id(t)]]
-            continue
-        seen[id(t)] = name
-        if name in source and source[name].shape == tuple(t.shape) and _equal(source.read(name), t):
-            found[name] = Name(name)
+        names.setdefault(id(t), []).append(name)
+    found: dict[str, Expr] = {}
+    rest: list[list[str]] = []
+    for several in names.values():
+        t = live[several[0]].detach()
+        namesake = next((n for n in several if n in source and source[n].shape == tuple(t.shape)), None)
+        if namesake is not None and _equal(source.read(namesake), t):
+            found.update(dict.fromkeys(several, Name(namesake)))
         else:
-            rest.append(name)
+            rest.append(several)
     if rest:
         index = _Index(source)
-        for name in rest:
-            expr = index.find(name, live[name])
+        for several in rest:
+            expr = index.find(several[0], live[several[0]].detach())
             if expr is not None:
-                found[name] = expr
-    return found
+                found.update(dict.fromkeys(several, expr))
+    return {n: found[n] for n in live if n in found}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

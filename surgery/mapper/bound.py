@@ -265,6 +265,12 @@ def in_box(piece: Piece, source: Grid, box: Sequence[tuple[int, int]]) -> Grid |
         return None
     order = sorted(range(piece.at.ndim), key=lambda a: (-steps[a], piece.at.shape[a] == 1))
     size = [n for _, n in box]
+    contiguous = [math.prod(piece.shape[a + 1 :]) for a in range(len(piece.shape))]
+    if [piece.at.shape[a] for a in order] == size and all(
+        n == 1 or steps[a] == c for a, n, c in zip(order, size, contiguous, strict=True)
+    ):
+        start = sum(first * c for (first, _), c in zip(box, contiguous, strict=True))
+        return source.permute(order) if piece.at.first == start else None
     here = Grid.whole(0, piece.shape)
     for axis, (start, n) in enumerate(box):
         here = here.narrow(axis, start, n)

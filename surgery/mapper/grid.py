@@ -238,9 +238,10 @@ class Grid:
                 for b in new:
                     thin[b] = want[b]
             y = p.expand(wide).reshape(thin)
-            for a, m in enumerate(y.shape):  # an axis that was split off may not vary
-                if m > 1 and bool((y == y.narrow(a, 0, 1)).all()):
-                    y = y.narrow(a, 0, 1)
+            if sum(m > 1 for m in y.shape) > 1:  # an axis that was split off may not vary
+                for a, m in enumerate(y.shape):
+                    if m > 1 and bool((y == y.narrow(a, 0, 1)).all()):
+                        y = y.narrow(a, 0, 1)
             parts.append(y)
         return Grid(want, self.base, parts)
 

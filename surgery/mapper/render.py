@@ -71,8 +71,8 @@ class Renderer:
 
     def _by_pieces(self, b: Bound) -> Expr | None:
         """The pieces side by side along one axis, where each is a source tensor as it is or with its axes permuted."""
-        if b.shift is not None:
-            return self._grid(Grid.whole(b.shift, b.shape))
+        if b.shift is not None and (told := self._grid(Grid.whole(b.shift, b.shape))) is not None:
+            return told
         runs: dict[int, list[tuple[int, Expr]]] = {}
         for p in b.pieces:
             at = _box(p)
@@ -108,16 +108,20 @@ class Renderer:
         local = g.shifted(-first)
         if g.numel() != size:
             return self._cut(expr, have, local)
+        steps = [math.prod(have[a + 1 :]) for a in range(len(have))]
         for p in itertools.permutations(range(len(have))) if len(have) <= 4 else [tuple(range(len(have)))]:
-            moved = Grid.whole(0, have).permute(p) if have else Grid.whole(0, have)
-            if not moved.reshape(*g.shape).same(local):
+            moved = tuple(have[d] for d in p)
+            if moved == g.shape and local.strides is not None:  # steps say it all
+                if any(n > 1 and s != steps[d] for n, s, d in zip(moved, local.strides, p, strict=True)):
+                    continue
+            elif not (Grid.whole(0, have).permute(p) if have else Grid.whole(0, have)).reshape(*g.shape).same(local):
                 continue
             squeezed = [d for d in p if have[d] != 1]
             if squeezed != sorted(squeezed):
                 expr = call("transpose", expr) if len(p) == 2 else call("permute", expr, dims=p)
             else:
-                moved = Grid.whole(0, have)
-            return expr if moved.shape == g.shape else call("reshape", expr, shape=g.shape)
+                moved = have
+            return expr if moved == g.shape else call("reshape", expr, shape=g.shape)
         return None
 
     def _cut(self, expr: Expr, have: tuple[int, ...], local: Grid) -> Expr | None:

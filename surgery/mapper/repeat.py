@@ -24,10 +24,12 @@ Where = tuple[str, Grid]  # elements of a tensor, by its name
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the open tensors of a value were settled: by name, so that it can be read with other numbers."""
+    """How the open tensors of a value were settled: by name, so that it can be read with other numbers. `occurs`: what
+    that computed was a value of the reference (not a multiple of one)."""
 
     names: tuple[str, ...]
     steps: tuple[tuple[Where, tuple[Where, ...]], ...]
+    occurs: bool
 
 
 def pattern(name: str) -> str:
@@ -50,7 +52,9 @@ def _named(p: Affine, grid: Grid) -> Where | None:
     return held[2], grid.shifted(-held[0])
 
 
-def recipe(h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment]) -> Recipe | None:
+def recipe(
+    h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment], *, occurs: bool
+) -> Recipe | None:
     """The assignments by names; None where one speaks of computed weights or of several tensors at once."""
     steps = []
     for a in assignments:
@@ -61,7 +65,7 @@ def recipe(h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment
         if target is None or any(s is None for s in sources):
             return None
         steps.append((target, tuple(s for s in sources if s is not None)))
-    return Recipe(tuple(names), tuple(steps))
+    return Recipe(tuple(names), tuple(steps), occurs)
 
 
 def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[list[Assignment]]:

@@ -292,7 +292,7 @@ class Search:
         found = self._candidates(h, vid)
         taken = self._taken(h, vid, found)
         for g, match in taken:
-            if (made := recipe(g, names, match.assignments)) is not None:
+            if match.folds < 0 and (made := recipe(g, names, match.assignments, occurs=bool(g.last[0]))) is not None:
                 g.recipes[key] = made
         plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
         if self.spread.folding and (not plain or h.spreads or h.spread_at == vid):
@@ -337,18 +337,19 @@ class Search:
         return (v.shape, op, tuple(pattern(n) for n in names), settled)
 
     def _as_before(self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]) -> Hypothesis | None:
-        """Settled as the same value of an earlier block was, where what that computes occurs in the reference."""
+        """Settled as the same value of an earlier block was, where what that computes occurs in the reference as well
+        as it did there."""
         made = h.recipes[key]
         for assignments in moved_on(made, names, h):
             g = h.fork()
-            if not g.settle(assignments) or g.known(vid) is None or not g.look(vid):
+            if not g.settle(assignments) or g.known(vid) is None or (not (look := g.look(vid)) and made.occurs):
                 continue
             h.searched = h.searched | {vid}  # should this lead nowhere, it is searched for here
             self.reserve.append((1, h))
             match = Match(assignments)
             self._remember(g, match, 1, -1)
-            g.recipes[key] = recipe(g, names, assignments) or made
-            g.last = [True]
+            g.recipes[key] = recipe(g, names, assignments, occurs=made.occurs) or made
+            g.last = [True if look else None]
             return g
         return None
 
