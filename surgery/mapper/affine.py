@@ -584,6 +584,10 @@ class Affine(ABC):
             row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(nb, n, m)
             col = torch.arange(1, nb * m + 1, dtype=torch.float64).reshape(nb, 1, m).expand(nb, n, m)
             return self._site_terms(index, x[0], xv, w, _turned(row, left), _turned(col, left), shape)
+        if nb == 1:
+            row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(1, n, m)
+            col = torch.arange(1, m + 1, dtype=torch.float64).reshape(1, 1, m).expand(1, n, m)
+            return self._site_terms(index, x[0], xv, w.reshape(k, m), _turned(row, left), _turned(col, left), shape)
         for i in range(nb):
             row = torch.zeros(nb, n, m, dtype=torch.float64)
             col = torch.zeros(nb, n, m, dtype=torch.float64)

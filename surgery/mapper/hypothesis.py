@@ -36,6 +36,7 @@ class Choice:
 FORKED = (
     "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints", "tables",
 )  # fmt: skip
+SHELVED = 1 << 20  # elements of activations that a hypothesis put aside may hold
 HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
 
 
@@ -65,6 +66,7 @@ class Hypothesis(Affine):
         self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
         self.recipes: dict[tuple[object, ...], Recipe] = {}  # how values were settled, for those of the next block
         self.searched: frozenset[int] = frozenset()  # values for which no recipe may be used
+        self.on_shelf = False  # put aside without its activations
         self.gone: set[int] = set()  # activations that nothing needs any more
         self.supported = False
         self.prints: dict[int, Fingerprint | None] = {}  # of the values that were looked at
@@ -390,7 +392,29 @@ class Hypothesis(Affine):
                 continue
             self.env.pop(vid, None)
             self.gone.add(vid)
+            for key in [k for k in self.tables if k[0] == value.node]:
+                del self.tables[key]
             queue += [i for i in self.tape.nodes[value.node].inputs if i not in self.gone]
+
+    def shelve(self) -> None:
+        """Put aside: what can be computed again need not be held, where it is much."""
+        again = [v for v in self.env if self.tape.values[v].data and self.tape.values[v].origin == "node"]
+        if sum(self.env[v].numel() for v in again) > SHELVED:
+            for v in again:
+                del self.env[v]
+            self.tables, self.memo, self.on_shelf = {}, {}, True
+
+    def restore(self) -> None:
+        """Compute again what was let go of, as far as the program had come."""
+        if not self.on_shelf:
+            return
+        self.on_shelf, self.gone, self.unknown = False, set(), {}
+        for node in self.tape.nodes[: self.at]:
+            outs = [o for o in node.outs if o >= 0]
+            wanted = any(self.tape.values[o].data and o not in self.env and o not in self.tainted for o in outs)
+            if wanted and node.op != "sync" and all(self._able(i, {}) for i in node.inputs):
+                self.compute(node)
+                self.release(node)
 
     def _done(self, index: int) -> bool:
         """Is all that a node gives known, or beyond help?"""

@@ -109,7 +109,8 @@ class Renderer:
         if g.numel() != size:
             return self._cut(expr, have, local)
         steps = [math.prod(have[a + 1 :]) for a in range(len(have))]
-        for p in itertools.permutations(range(len(have))) if len(have) <= 4 else [tuple(range(len(have)))]:
+        orders = list(itertools.permutations(range(len(have)))) if len(have) <= 4 else [tuple(range(len(have)))]
+        for p in sorted(orders, key=lambda p: tuple(have[d] for d in p) != g.shape):  # a new shape is dearer to see
             moved = tuple(have[d] for d in p)
             if moved == g.shape and local.strides is not None:  # steps say it all
                 if any(n > 1 and s != steps[d] for n, s, d in zip(moved, local.strides, p, strict=True)):

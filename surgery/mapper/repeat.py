@@ -52,9 +52,7 @@ def _named(p: Affine, grid: Grid) -> Where | None:
     return held[2], grid.shifted(-held[0])
 
 
-def recipe(
-    h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment], *, occurs: bool
-) -> Recipe | None:
+def recipe(h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment], *, occurs: bool) -> Recipe | None:
     """The assignments by names; None where one speaks of computed weights or of several tensors at once."""
     steps = []
     for a in assignments:

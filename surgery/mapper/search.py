@@ -71,6 +71,7 @@ class Search:
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
+        self.shelved = 0  # of the reserve, how many do not hold their activations
 
     def run(self) -> tuple[Hypothesis | None, Hypothesis]:
         """(the first accepted hypothesis or None, the one that went furthest)."""
@@ -90,6 +91,8 @@ class Search:
                 tries += 1
                 self.reserve.sort(key=lambda e: (e[0], e[1].at, e[1].score))
                 beam = [self.reserve.pop()[1]]
+                beam[0].restore()
+                self.shelved = len(self.reserve)
 
     def _walk(self, beam: list[Hypothesis]) -> list[Hypothesis]:
         done: list[Hypothesis] = []
@@ -104,6 +107,10 @@ class Search:
                     else:
                         now += self._step(h)
             beam = self._prune(now) + later
+            for _, h in self.reserve[self.shelved :]:
+                if h not in beam:
+                    h.shelve()
+            self.shelved = len(self.reserve)
             at += 1
         return done
 
@@ -342,7 +349,10 @@ class Search:
         made = h.recipes[key]
         for assignments in moved_on(made, names, h):
             g = h.fork()
-            if not g.settle(assignments) or g.known(vid) is None or (not (look := g.look(vid)) and made.occurs):
+            if not g.settle(assignments):
+                continue
+            g = self._rest_as_before(g, names)
+            if g.known(vid) is None or (not (look := g.look(vid)) and made.occurs):
                 continue
             h.searched = h.searched | {vid}  # should this lead nowhere, it is searched for here
             self.reserve.append((1, h))
@@ -352,6 +362,26 @@ class Search:
             g.last = [True if look else None]
             return g
         return None
+
+    def _rest_as_before(self, g: Hypothesis, names: list[str]) -> Hypothesis:
+        """What else of the same tensors an earlier block settled after this (keys after queries), settled along with it:
+        then the whole is computed at once. Whether it is right shows where it is used."""
+        patterns = tuple(pattern(n) for n in names)
+        while any(n not in g.bound or not g.bound[n].full for n in names):
+            settled = tuple(g.bound[n].covered if n in g.bound else 0 for n in names)
+            made = next((r for k, r in g.recipes.items() if k[2:] == (patterns, settled)), None)
+            if made is None:
+                return g
+            for assignments in moved_on(made, names, g):
+                other = g.fork()
+                if other.settle(assignments):
+                    other.score += 1.0
+                    self._remember(other, Match(assignments), 1, -1)
+                    g = other
+                    break
+            else:
+                return g
+        return g
 
     def _taken(self, h: Hypothesis, vid: int, found: list[Found]) -> list[tuple[Hypothesis, Match]]:
         """A hypothesis for each of these matches that makes the value known, and whether it occurs in the reference."""
