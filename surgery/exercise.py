@@ -140,20 +140,20 @@ class Exercise:
     def _gradients(
         self, tape: Tape, nodes: list[int], outputs: list[int], names_of: Mapping[int, list[str]], live: Live | None
     ) -> None:
+        tops: dict[int, list[Tensor]] | None = None
         with torch.enable_grad():
             if live is not None:
                 own, returned = live
                 leaves = {vid: own[several[0]] for vid, several in names_of.items() if own[several[0]].requires_grad}
-                total = _projection(tape, [], {}, returned)
-            else:
+                tops = _pulled(_projection(tape, [], {}, returned), leaves)
+            if tops is None:
                 leaves = {
                     vid: (twin.Lifted(t) if t.dtype in twin.LOW else t.detach()).requires_grad_()
                     for vid in names_of
                     if (t := tape.values[vid].tensor) is not None
                 }
                 known = replay(tape, nodes, leaves, keep=outputs)
-                total = _projection(tape, outputs, known, [])
-            tops = _pulled(total, leaves) if total is not None and total.requires_grad and leaves else {}
+                tops = _pulled(_projection(tape, outputs, known, []), leaves) or {}
         top = max((float(lines[0].max()) for lines in tops.values()), default=0.0)
         for vid, lines in tops.items():
             hit = [m > QUIET * top if top > 0 else torch.zeros_like(m, dtype=torch.bool) for m in lines]
@@ -283,10 +283,12 @@ def _pure_layout(expr: Expr) -> bool:
     return kind(expr) == "exact" and all(names(e) and e.op != "neg" for e in walk(expr) if isinstance(e, Call))
 
 
-def _pulled(total: Tensor, leaves: Mapping[int, Tensor]) -> dict[int, list[Tensor]]:
+def _pulled(total: Tensor | None, leaves: Mapping[int, Tensor]) -> dict[int, list[Tensor]] | None:
     """For each leaf and each of its axes, the largest gradient in each line. A leaf's gradient is looked at as soon as
-    it is there and not kept."""
+    it is there and not kept. None where the graph cannot be walked back: the program wrote into what it had used."""
     found: dict[int, list[Tensor]] = {}
+    if total is None or not total.requires_grad or not leaves:
+        return found
 
     def looked(vid: int) -> Callable[[Tensor], None]:
         def look(leaf: Tensor) -> None:
@@ -299,6 +301,10 @@ def _pulled(total: Tensor, leaves: Mapping[int, Tensor]) -> dict[int, list[Tenso
     handles = [leaf.register_post_accumulate_grad_hook(looked(vid)) for vid, leaf in leaves.items()]
     try:
         torch.autograd.backward([total], inputs=list(leaves.values()))
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return None
     finally:
         for h in handles:
             h.remove()

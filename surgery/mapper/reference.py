@@ -304,17 +304,18 @@ class Reference(Affine):
         by = float(f"{by:.15g}")  # a constant that was measured and one that was read are one
         if by == 1.0:
             return numbers
-        flat = numbers.flat() if numbers.numel() else torch.zeros(0, dtype=torch.int64)
         spans = [(first, size) for first, size, _ in self.names]
         spans += [(u.offset, u.size) for u in self.virtual.values()] + [(d.offset, d.size) for d in self.derived]
         spans += [(p.offset, p.size) for p in self.multiplied]
+        for first, size in spans:
+            if first <= numbers.lo and numbers.hi < first + size:
+                return numbers.shifted(self._scaled_whole(first, size, by) - first)
+        flat = numbers.flat()
         out = torch.zeros_like(flat)
         for first, size in spans:
             if numbers.hi < first or numbers.lo >= first + size:
                 continue
             offset = self._scaled_whole(first, size, by)
-            if first <= numbers.lo and numbers.hi < first + size:
-                return numbers.shifted(offset - first)
             here = (flat >= first) & (flat < first + size)
             out[here] = flat[here] - first + offset
         return Grid.of(out.reshape(numbers.shape))

@@ -18,18 +18,21 @@ from surgery.mapper.unify import Assignment
 if TYPE_CHECKING:
     from surgery.mapper.affine import Affine
     from surgery.mapper.hypothesis import Hypothesis
+    from surgery.mapper.reference import Reference
 
-Where = tuple[str, Grid]  # elements of a tensor, by its name
+Where = tuple[str, Grid, float]  # elements of a tensor, by its name, times a constant
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the open tensors of a value were settled: by name, so that it can be read with other numbers. `occurs`: what
-    that computed was a value of the reference (not a multiple of one)."""
+    that computed was a value of the reference (not a multiple of one). `folds`: the weights took a constant that the
+    reference multiplies by later."""
 
     names: tuple[str, ...]
     steps: tuple[tuple[Where, tuple[Where, ...]], ...]
     occurs: bool
+    folds: bool = False
 
 
 def pattern(name: str) -> str:
@@ -49,21 +52,33 @@ def _named(p: Affine, grid: Grid) -> Where | None:
     held = p.holder(grid.lo)
     if held is None or grid.hi >= held[0] + held[1]:
         return None
-    return held[2], grid.shifted(-held[0])
+    return held[2], grid.shifted(-held[0]), 1.0
 
 
-def recipe(h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment], *, occurs: bool) -> Recipe | None:
+def _source(ref: Reference, grid: Grid) -> Where | None:
+    if (plain := _named(ref, grid)) is not None:
+        return plain
+    for (first, by), offset in ref.multiples.items():
+        held = ref.holder(first)
+        if held is not None and held[0] == first and offset <= grid.lo and grid.hi < offset + held[1]:
+            return held[2], grid.shifted(-offset), by
+    return None
+
+
+def recipe(
+    h: Hypothesis, names: Sequence[str], assignments: Sequence[Assignment], *, occurs: bool, folds: bool = False
+) -> Recipe | None:
     """The assignments by names; None where one speaks of computed weights or of several tensors at once."""
     steps = []
     for a in assignments:
         if not a.target.numel():
             continue
         target = _named(h, a.target)
-        sources = [_named(h.reference, s) for s in a.sources]
+        sources = [_source(h.reference, s) for s in a.sources]
         if target is None or any(s is None for s in sources):
             return None
         steps.append((target, tuple(s for s in sources if s is not None)))
-    return Recipe(tuple(names), tuple(steps), occurs)
+    return Recipe(tuple(names), tuple(steps), occurs, folds)
 
 
 def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[list[Assignment]]:
@@ -76,7 +91,7 @@ def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[list[As
     if len(steps) != 1:
         return
     (step,) = steps
-    most = max((len(numbers(n)) for _, sources in r.steps for n, _ in sources), default=0)
+    most = max((len(numbers(n)) for _, sources in r.steps for n, _, _ in sources), default=0)
     for place in range(most):
         made = _at(r, put, h, place, step)
         if made is not None:
@@ -86,14 +101,14 @@ def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[list[As
 def _at(r: Recipe, put: dict[str, str], h: Hypothesis, place: int, step: int) -> list[Assignment] | None:
     """The recipe with number `place` of every source name moved on by `step`."""
     out = []
-    for (target, at), sources in r.steps:
+    for (target, at, _), sources in r.steps:
         if (
             target not in put
             or (mine := _placed(h, put[target], at, h.tape.values[h.tape.params[target]].shape)) is None
         ):
             return None
         theirs = []
-        for name, grid in sources:
+        for name, grid, by in sources:
             values = numbers(name)
             if len(values) > place:
                 values[place] += step
@@ -101,7 +116,7 @@ def _at(r: Recipe, put: dict[str, str], h: Hypothesis, place: int, step: int) ->
             found = _placed(h.reference, renumbered(name, values), grid, have)
             if found is None:
                 return None
-            theirs.append(found)
+            theirs.append(h.reference.times(found, by))
         out.append(Assignment(mine, theirs))
     return out
 

@@ -299,7 +299,8 @@ class Search:
         found = self._candidates(h, vid)
         taken = self._taken(h, vid, found)
         for g, match in taken:
-            if match.folds < 0 and (made := recipe(g, names, match.assignments, occurs=bool(g.last[0]))) is not None:
+            made = recipe(g, names, match.assignments, occurs=bool(g.last[0]), folds=match.folds >= 0)
+            if made is not None:
                 g.recipes[key] = made
         plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
         if self.spread.folding and (not plain or h.spreads or h.spread_at == vid):
@@ -356,9 +357,11 @@ class Search:
                 continue
             h.searched = h.searched | {vid}  # should this lead nowhere, it is searched for here
             self.reserve.append((1, h))
-            match = Match(assignments)
+            match = Match(assignments, folds=h.at if made.folds else -1)
             self._remember(g, match, 1, -1)
-            g.recipes[key] = recipe(g, names, assignments, occurs=made.occurs) or made
+            if made.folds:
+                g.folded.add(vid)
+            g.recipes[key] = recipe(g, names, assignments, occurs=made.occurs, folds=made.folds) or made
             g.last = [True if look else None]
             return g
         return None
