@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from surgery.mapper import products
+
 aten = torch.ops.aten
 
 
@@ -38,6 +40,9 @@ class Recorder(Protocol):
     def weights_only(self, t: Tensor) -> bool:
         """Is t made of parameters alone?"""
 
+    def weights_free(self, t: Tensor) -> bool:
+        """Is t made without any parameter?"""
+
     def scaled(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
         """(x, w) where t was made as x * w, x depends on the inputs and w is made of parameters alone."""
 
@@ -57,7 +62,7 @@ def _channel(x: Tensor, t: Tensor) -> list[int]:
 
 def _canon() -> dict[Any, Callable[..., Any]]:
     def addmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        return _scaled_add(r, r.call(aten.mm.default, x, w), b, beta, alpha)
+        return _scaled_add(r, products.mm(r, x, w), b, beta, alpha)
 
     def addmv(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         y = r.call(aten.squeeze.dim, r.call(aten.mm.default, x, r.call(aten.unsqueeze.default, w, 1)), 1)
@@ -71,7 +76,7 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         return r.call(aten.view.default, y, [])
 
     def baddbmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        return _scaled_add(r, r.call(aten.bmm.default, x, w), b, beta, alpha)
+        return _scaled_add(r, products.bmm(r, x, w), b, beta, alpha)
 
     def _scaled_add(r: Recorder, y: Any, b: Any, beta: Any, alpha: Any) -> Any:
         if alpha != 1:
@@ -176,7 +181,7 @@ def _canon() -> dict[Any, Callable[..., Any]]:
     def mean(r: Recorder, x: Any, dims: Any, keep: bool = False, *, dtype: Any = None) -> Any:
         dims = list(dims) if dims else list(range(x.ndim))
         n = math.prod(x.shape[d] for d in dims)
-        return r.call(aten.div.Tensor, r.call(aten.sum.dim_IntList, x, dims, keep), n)
+        return r.call(aten.div.Tensor, products.summed(r, x, dims, keep), n)
 
     def copy(r: Recorder, x: Any, y: Any, *_: Any) -> Any:
         y = y if isinstance(y, Tensor) else torch.as_tensor(y)
@@ -201,6 +206,14 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         if isinstance(y, Tensor) and isinstance(x, Tensor) and (made := r.scaled(x)) is not None:
             return r.call(aten.mul.Tensor, r.call(aten.div.Tensor, made[0], y), made[1])  # the scale comes last
         return r.call(aten.div.Tensor, x, y)
+
+    def counted(op: Any) -> Callable[..., Any]:
+        """One spelling for the axis: counted from the front."""
+
+        def made(r: Recorder, x: Any, axis: int, *rest: Any) -> Any:
+            return r.call(op, x, axis % x.ndim if x.ndim else 0, *rest)
+
+        return made
 
     def prelu(r: Recorder, x: Any, w: Any) -> Any:
         pos = r.call(aten.clamp_min.default, x, 0)
@@ -243,6 +256,7 @@ def _canon() -> dict[Any, Callable[..., Any]]:
 
     return {
         **{op: resampled(op) for op in RESAMPLING},
+        **{op: counted(op) for op in (aten._softmax.default, aten._log_softmax.default)},
         aten.zeros_like.default: like(aten.zeros_like.default, 0),
         aten.ones_like.default: like(aten.ones_like.default, 1),
         aten.full_like.default: like(aten.full_like.default, None),
@@ -273,6 +287,9 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         aten.div.Tensor: div,
         aten.stack.default: stack,
         aten.mean.dim: mean,
+        aten.mm.default: products.mm,
+        aten.bmm.default: products.bmm,
+        aten.sum.dim_IntList: products.summed,
         aten._prelu_kernel.default: prelu,
     }
 

@@ -275,6 +275,9 @@ class Recorder(TorchDispatchMode):
         value = self.tape.values[self.vid(t)]
         return value.weights and not value.data
 
+    def weights_free(self, t: Tensor) -> bool:
+        return not self.tape.values[self.vid(t)].weights
+
     def scaled(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
         """(x, w) where t was made as x * w, and w is made of weights alone; None where one of them was written into."""
         x, w, *vids = self.scales.get(t, (None, None))
