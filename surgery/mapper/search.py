@@ -26,6 +26,7 @@ from surgery.mapper.parts import Part, cut_up, seen_as
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import moved_on, pattern, recipe
+from surgery.mapper.repeated import Repeated
 from surgery.mapper.rows import match_rows, match_sites
 from surgery.mapper.spread import Spread
 from surgery.mapper.terms import Site, Term, apart
@@ -68,6 +69,7 @@ class Search:
         self.again = again
         self.accept = accept
         self.spread = Spread(reference)
+        self.repeated = Repeated(reference)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
@@ -180,6 +182,7 @@ class Search:
                 if any(p is None for p in pairs):
                     continue
                 if g.settle([Assignment.of(p[0], p[1]) for p in pairs if p is not None]):
+                    g.known(node.outs[0])  # of tensors that are settled in part too
                     out += self._settle(g, self._chain_end(g, node.outs[0]))
         return [g for g in out if self._chain_end(g, node.outs[0]) not in g.tainted] or [h]
 
@@ -535,7 +538,14 @@ class Search:
             if mine and (found := self._unified_as(h, mine, shape, theirs)):
                 keys = {_key(m) for m, _, _ in found}
                 return found + [w for w in whole if w[0].inner and not w[0].missing and _key(w[0]) not in keys]
-        return whole or self._looked_up(h, terms, shape)
+        return whole or self._looked_up(h, terms, shape) or self._repeated(h, terms, shape)
+
+    def _repeated(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
+        """What is made of weights alone, by one program once and by the other for all of a batch."""
+        found: dict[tuple[Any, ...], Found] = {}
+        for m in self.repeated.matches(terms, shape):
+            found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, -1))
+        return list(found.values())[:WIDTH]
 
     def _looked_up(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[tuple[Match, float, int]]:
         """Rows of a table that the reference looks up here and there, not at once."""
@@ -750,11 +760,13 @@ class Search:
 
 def _factors(p: Affine, node: Node) -> tuple[Grid, Grid]:
     """The numbers of both factors of a product of weights [B, N, K] @ [B, K, M], each row of the first and each column
-    of the second once; B is 1 where one product is made for all of a batch."""
+    of the second once; B is 1 where one of the two is the same for all of a batch."""
     a, b = (p.weight_matrix(x.vid) for x in node.args[:2])
     a, b = (x.unsqueeze(0) if x.ndim == 2 else x for x in (a, b))
-    if all(part.shape[0] == 1 for part in (*a.parts, *b.parts)):
-        a, b = a.narrow(0, 0, 1), b.narrow(0, 0, 1)
+    if all(part.shape[0] == 1 for part in b.parts):
+        a, b = a.reshape(1, -1, a.shape[2]), b.narrow(0, 0, 1)
+    elif all(part.shape[0] == 1 for part in a.parts):
+        a, b = a.narrow(0, 0, 1), b.permute((1, 0, 2)).reshape(1, b.shape[1], -1)
     return a.once(1), b.once(2)
 
 
