@@ -1,10 +1,10 @@
 """The mapper: from a checkpoint and a target to a plan, by names, shapes and what running shows.
 
 record     what a run shows: a tape of operators
-canon      operators in one spelling
+canon, products    operators in one spelling
 affine     values as sums of terms linear in the weights
 coefficients    constants that weights must take
-unify      where two sums meet
+unify, weighed, repeated    where two sums meet
 invert     weights computed from weights
 reference, hypothesis, search    the walk over the target's tape
 render     from numbered elements to expressions

@@ -51,6 +51,10 @@ VIEWS = frozenset(
 )  # fmt: skip
 
 
+# Those of them behind which a concatenation is still told by the columns of each of its parts.
+REARRANGED = VIEWS & {"t", "transpose", "permute", "expand", "squeeze"} | {"view", "_unsafe_view", "reshape", "clone"}
+
+
 # Those of them that keep some of the elements.
 PARTS = frozenset(
     {"slice", "split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "chunk"}
@@ -583,29 +587,30 @@ class Affine(ABC):
             w = w.permute((1, 0, 2)).reshape(k, nb * m)
             row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(nb, n, m)
             col = torch.arange(1, nb * m + 1, dtype=torch.float64).reshape(nb, 1, m).expand(nb, n, m)
-            return self._site_terms(index, x[0], xv, w, _turned(row, left), _turned(col, left), shape)
+            return self._site_terms(index, x[0], xv, w, row, col, shape, left)
         if nb == 1:
             row = torch.arange(1, n + 1, dtype=torch.float64).reshape(1, n, 1).expand(1, n, m)
             col = torch.arange(1, m + 1, dtype=torch.float64).reshape(1, 1, m).expand(1, n, m)
-            return self._site_terms(index, x[0], xv, w.reshape(k, m), _turned(row, left), _turned(col, left), shape)
+            return self._site_terms(index, x[0], xv, w.reshape(k, m), row, col, shape, left)
         for i in range(nb):
             row = torch.zeros(nb, n, m, dtype=torch.float64)
             col = torch.zeros(nb, n, m, dtype=torch.float64)
             row[i] = torch.arange(1, n + 1, dtype=torch.float64).reshape(n, 1)
             col[i] = torch.arange(1, m + 1, dtype=torch.float64).reshape(1, m)
             matrix = w.narrow(0, i, 1).reshape(k, m)
-            out += self._site_terms(index, x[i], xv, matrix, _turned(row, left), _turned(col, left), shape)
+            out += self._site_terms(index, x[i], xv, matrix, row, col, shape, left)
         return out
 
     def _site_terms(
-        self, index: int, x: Tensor, xv: int, w: Grid, row: Tensor, col: Tensor, shape: tuple[int, ...]
+        self, index: int, x: Tensor, xv: int, w: Grid, row: Tensor, col: Tensor, shape: tuple[int, ...], left: bool
     ) -> list[Term]:
-        row, col = row.reshape(shape), col.reshape(shape)
-        site = Site(index, x, xv, w, pieces=self._pieces(xv, x))
+        row, col = (_turned(t, left).reshape(shape) for t in (row, col))
+        site = Site(index, x, xv, w, pieces=self._pieces(xv, x, left))
         return [Term("product", 1.0, site=site, row=row, col=col)]
 
-    def _pieces(self, xv: int, x: Tensor) -> list[Tensor] | None:
-        """The columns of x that come from each part of a concatenation, or None where it is none."""
+    def _pieces(self, xv: int, x: Tensor, left: bool) -> list[Tensor] | None:
+        """The columns of x (of its transpose, where it is the right factor) that come from each part of a
+        concatenation, or None where it is none."""
         chain = []
         vid = xv
         while True:
@@ -616,20 +621,21 @@ class Affine(ABC):
             name = base(node.op)
             if name == "cat":
                 break
-            if name not in ("view", "_unsafe_view", "reshape", "clone", "expand", "t", "transpose"):
+            if name not in REARRANGED:
                 return None
             chain.append((node, vid))
             vid = node.args[0].vid
         parts = node.args[0]
         axis = (node.args[1] if len(node.args) > 1 else 0) % len(v.shape)
-        if len(parts) > 16 or axis != len(v.shape) - 1:
+        turned = left or any(base(n.op) in ("t", "transpose", "permute") for n, _ in chain)
+        if len(parts) > (64 if turned else 16) or (axis != len(v.shape) - 1 and not turned):
             return None
         mark = torch.cat([torch.full(self.tape.values[p.vid].shape, float(i)) for i, p in enumerate(parts)], axis)
         for n, _ in reversed(chain):
             mark = mark.expand(*mark.shape) if base(n.op) == "clone" else self.run(n, {n.args[0].vid: mark})
         if mark.numel() != x.numel():
             return None
-        mark = mark.reshape(-1, x.shape[-1])
+        mark = _turned(mark, left).reshape(-1, x.shape[-1])
         if not bool((mark == mark[:1]).all()):
             return None
         first = mark[0]

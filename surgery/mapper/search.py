@@ -31,6 +31,7 @@ from surgery.mapper.rows import match_rows, match_sites
 from surgery.mapper.spread import Spread
 from surgery.mapper.terms import Site, Term, apart
 from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
+from surgery.mapper.weighed import Weighed, weighed, weighed_or_not
 
 WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed
@@ -70,6 +71,7 @@ class Search:
         self.accept = accept
         self.spread = Spread(reference)
         self.repeated = Repeated(reference)
+        self.weighed = Weighed(reference)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
@@ -538,6 +540,10 @@ class Search:
             if mine and (found := self._unified_as(h, mine, shape, theirs)):
                 keys = {_key(m) for m, _, _ in found}
                 return found + [w for w in whole if w[0].inner and not w[0].missing and _key(w[0]) not in keys]
+        # a product of a stack against scaled values that are added, and the other way round
+        for mine, theirs in ((weighed(terms), _as_it_is), (terms, weighed_or_not)):
+            if not whole and mine and any(t.kind == "scale" for t in mine):
+                whole = self._unified_as(h, mine, shape, theirs)
         return whole or self._looked_up(h, terms, shape) or self._repeated(h, terms, shape)
 
     def _repeated(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
@@ -658,6 +664,9 @@ class Search:
             yield from self._read_alike(lead.site, rows, nodes, cut, exact)
             return
         scales = [t for t in terms if t.kind == "scale"]
+        if scales and cut is weighed_or_not:
+            yield from self.weighed.meeting(scales[0])
+            return
         if scales:
             twins = set()
             for value in (h.known(scales[0].vid) if scales[0].vid >= 0 else None, scales[0].value):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.grid import Grid
-from surgery.mapper.record import HUGE
+from surgery.mapper.record import HUGE, fingerprint, same
 from surgery.mapper.rows import Rows, match_rows, match_sites
 from surgery.mapper.terms import Site, Term, compact, informative
 
@@ -225,13 +225,28 @@ def unify(
         for pairing in _pairings(tp, rp, exact):
             out += _by_products(pairing, target, shape_t, source, shape_r, exact)
     elif ts:
-        for perm in itertools.islice(itertools.permutations(rs), 6):
+        for perm in _scales_in_order(ts, rs):
             out += _by_values(list(zip(ts, perm, strict=True)), target, source, exact)
             if out:
                 break
     else:
         out += _by_known(target, shape_t, source, shape_r, exact)
     return out
+
+
+def _scales_in_order(ts: list[Term], rs: list[Term]) -> Iterator[Sequence[Term]]:
+    """Scaled values of one side in orders in which they may stand for those of the other: first by what is scaled."""
+    left, order = list(rs), []
+    for t in ts if len(ts) > 2 else ():
+        f = fingerprint(t.value) if t.value is not None else None
+        found = [r for r in left if f and r.value is not None and (g := fingerprint(r.value)) and same(f, g)]
+        if not found:
+            break
+        order.append(found[0])
+        left = [r for r in left if r is not found[0]]
+    if len(order) == len(rs):
+        yield order
+    yield from itertools.islice(itertools.permutations(rs), 6)
 
 
 def _merged(terms: list[Term]) -> list[Term]:

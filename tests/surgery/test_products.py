@@ -160,10 +160,10 @@ def test_a_table_of_places_by_one_hot_buckets() -> None:
 class Mixed(nn.Module):
     """A weighted sum of what the layers give."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, layers: int = LAYERS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(LAYERS))
-        self.mix, self.out, self.how = par(LAYERS + 1), nn.Linear(D, 4), how
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(layers))
+        self.mix, self.out, self.how = par(layers + 1), nn.Linear(D, 4), how
 
     def forward(self, x: Tensor) -> Tensor:
         states = [x]
@@ -174,6 +174,8 @@ class Mixed(nn.Module):
             y = (torch.stack(states, 1) * w.view(-1, 1, 1)).sum(1)
         elif self.how == "kept":
             y = (w.view(-1, 1, 1, 1) * torch.stack(states)).sum(0, keepdim=True)[0]
+        elif self.how == "added":
+            y = sum(a * s for a, s in zip(w, states, strict=True))
         else:
             y = torch.einsum("n,nbtd->btd", self.mix.softmax(0), torch.stack(states))
         return self.out(y).log_softmax(-1)
@@ -185,8 +187,15 @@ def test_a_weighted_sum_of_layers_is_a_product(how: str) -> None:
     proven(Mixed("einsum"), Mixed(how), vectors)
 
 
-class MixedMean(Mixed):
-    """Divides by the number of layers too: the linear map behind it can take that, a norm could not."""
+@pytest.mark.parametrize("layers", [LAYERS, 8])
+def test_values_that_are_scaled_and_added_are_a_product_of_their_stack(layers: int) -> None:
+    proven(Mixed("sum", layers), Mixed("added", layers), vectors)
+    proven(Mixed("added", layers), Mixed("einsum", layers), vectors)
+    proven(Mixed("added", layers), Mixed("added", layers), vectors)
+
+
+class MixedGates(Mixed):
+    """Weighs every layer by itself: no softmax over all of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         states = [x]
@@ -196,8 +205,22 @@ class MixedMean(Mixed):
         return self.out(y).log_softmax(-1)
 
 
+class MixedLast(Mixed):
+    """Takes the last layer twice, and leaves the input out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for layer in self.layers:
+            states.append(F.gelu(layer(states[-1])))
+        states[0] = states[-1]
+        return self.out(sum(a * s for a, s in zip(self.mix.softmax(-1), states, strict=True))).log_softmax(-1)
+
+
 def test_a_sum_that_is_weighted_otherwise_is_another_function() -> None:
-    refused(Mixed("sum"), MixedMean("sum"), vectors)
+    refused(Mixed("sum"), MixedGates("sum"), vectors)
+    refused(Mixed("added"), MixedGates("sum"), vectors)
+    refused(Mixed("sum"), MixedLast("added"), vectors)
+    refused(Mixed("added"), MixedLast("added"), vectors)
 
 
 class Scored(nn.Module):
