@@ -133,9 +133,10 @@ class Exercise:
         floats = [v for v in outputs if tape.values[v].dtype.is_floating_point or tape.values[v].dtype.is_complex]
         wanted = set(self.open())
         names_of = {vid: several for vid, several in names_of.items() if wanted.intersection(several)}
-        with twin.math_only():
-            self._gradients(tape, nodes, floats, names_of, live)
-            self._silent(tape, nodes, floats, names_of)
+        if names_of:
+            with twin.math_only():
+                self._gradients(tape, nodes, floats, names_of, live)
+                self._silent(tape, nodes, floats, names_of)
 
     def _gradients(
         self, tape: Tape, nodes: list[int], outputs: list[int], names_of: Mapping[int, list[str]], live: Live | None
@@ -383,8 +384,8 @@ def _apart(a: Tensor, b: Tensor) -> bool:
 
 def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
     """Perturb these segments together and follow what moves, side by side with the run as it was, holding only what is
-    still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one just
-    ends. None where an output moves."""
+    still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one
+    just ends. None where an output moves."""
     leaves = _perturbed_leaves(tape, items)
     marks: dict[int, set[tuple[str, int]]] = {}
     for vid, name, number, _ in items:

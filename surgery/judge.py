@@ -10,7 +10,6 @@ them.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -214,8 +213,9 @@ class Judge:
             tape = self.record_target(target, at, sizes=frozenset(a.numel() for a in expected))
         elif any(t.is_floating_point() and not t.requires_grad for t in returned):
             live = None  # or one that switches them off
-        got = [twin_of.lift(t).detach() for v in tape.outputs() if (t := tape.values[v].tensor) is not None]
-        if len(got) != len(tape.outputs()) or not got:
+        held = [tape.values[v].tensor for v in tape.outputs()]
+        got = [twin_of.lift(t).detach() for t in held if t is not None]
+        if len(got) != len(held) or not got:
             return self.target_side.outputs(target, x, label)
         if len(got) == len(expected) and all(
             surface.residual(a, b) <= GATE for a, b in zip(expected, got, strict=True)

@@ -261,7 +261,7 @@ class Affine(ABC):
     def holder(self, number: int) -> tuple[int, int, str] | None:
         """(first number, size, name) of the tensor that holds an element; None for a virtual one."""
         k = bisect.bisect_right(self.firsts, number) - 1
-        if 0 <= k and 0 < number < self.real_end:
+        if k >= 0 and 0 < number < self.real_end:
             return self.names[k]
         return None
 

@@ -241,8 +241,8 @@ class Bound:
         dtype = types.pop() if len(types) == 1 and self.full else torch.float64
         out = otherwise.to(dtype).expand(self.shape).clone(memory_format=torch.contiguous_format)
         flat = out.reshape(-1)
-        for p, v in zip(self.pieces, parts, strict=True):
-            value = torch.zeros((), dtype=dtype) if v is None else v.to(dtype)
+        for p, part in zip(self.pieces, parts, strict=True):
+            value = torch.zeros((), dtype=dtype) if part is None else part.to(dtype)
             steps = p.at.strides
             if steps is not None and all(s >= 0 for s in steps):
                 flat.as_strided(p.at.shape, steps, p.at.first).copy_(value.expand(p.at.shape))

@@ -8,6 +8,7 @@ they multiply to. What has no such form is one dense part.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -291,8 +292,8 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> Iterable[tuple[list[int],
 
 
 def cut(grid: Grid, edges: Sequence[int]) -> tuple[int, list[tuple[int, int]]] | None:
-    """Where a grid crosses from one numbered tensor (they begin at `edges`) into another: (axis, runs of lines that stay
-    in one: start and length), or None where no axis parts them so."""
+    """Where a grid crosses from one numbered tensor (they begin at `edges`) into another: (axis, runs of lines that
+    stay in one: start and length), or None where no axis parts them so."""
     starts = torch.tensor(sorted(edges))
     for p in grid.parts:
         varying = _varying(p)
@@ -306,7 +307,7 @@ def cut(grid: Grid, edges: Sequence[int]) -> tuple[int, list[tuple[int, int]]] |
             continue
         jumps = (torch.nonzero(a[1:] != a[:-1]).flatten() + 1).tolist()
         bounds = [0, *jumps, len(a)]
-        return axis, [(i, j - i) for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+        return axis, [(i, j - i) for i, j in itertools.pairwise(bounds)]
     return None
 
 

@@ -34,7 +34,8 @@ class Choice:
 
 
 FORKED = (
-    "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints", "tables",
+    "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints",
+    "tables",
 )  # fmt: skip
 SHELVED = 1 << 20  # elements of activations that a hypothesis put aside may hold
 HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
@@ -117,10 +118,10 @@ class Hypothesis(Affine):
         if value is not None or v.origin != "node" or vid in self.tainted or self.unknown.get(vid) == self.version:
             return value
         node = self.tape.nodes[v.node]
-        if not self._hopeless(vid) and self._within(vid) and self.kind(node) in ("layout", "sum", "product"):
-            if (value := self._partly(vid)) is not None:
-                self.env[vid] = value
-                return value
+        partly = not self._hopeless(vid) and self._within(vid) and self.kind(node) in ("layout", "sum", "product")
+        if partly and (value := self._partly(vid)) is not None:
+            self.env[vid] = value
+            return value
         if all(self.known(i) is not None for i in node.inputs):
             return self.compute(node)[v.out]
         self.unknown[vid] = self.version
@@ -188,7 +189,7 @@ class Hypothesis(Affine):
         return any(self._hopeless(i) for i in node.inputs if self.tape.values[i].dtype.is_floating_point)
 
     def _within(self, vid: int) -> bool:
-        """Of a large value made of weights: does it lie in what is settled of its tensor? (False only where surely not.)"""
+        """Of a large value made of weights: does it lie in what is settled of its tensor? False only where surely not."""
         if not self.weight_only(vid) or math.prod(self.tape.values[vid].shape) <= HELD or (g := self.grid(vid)) is None:
             return True
         held = self.holder(g.lo)

@@ -105,9 +105,9 @@ class Reference(Affine):
         if n not in self._slices:
             items = []
             for vid, v in enumerate(self.tape.values):
-                if v.data and v.fingerprint and len(v.shape) == 4 and 1 < v.shape[1] <= 64:
-                    if math.prod(v.shape) == n * v.shape[1] and (whole := self.known(vid)) is not None:
-                        items += [(vid, fingerprint(part)) for part in whole.unbind(1)]
+                parts = v.shape[1] if v.data and v.fingerprint and len(v.shape) == 4 else 0
+                if 1 < parts <= 64 and math.prod(v.shape) == n * parts and (whole := self.known(vid)) is not None:
+                    items += [(vid, fingerprint(part)) for part in whole.unbind(1)]
             for vid, part in self._cut_up:
                 shape = self.tape.values[vid].shape
                 if math.prod(part.shape(shape)) == n and (whole := self.known(vid)) is not None:
@@ -139,9 +139,9 @@ class Reference(Affine):
                     pure.update(o for o in node.outs if o >= 0)
         outputs = set(self.tape.outputs())
         for v in sorted(pure):
-            if self.tape.values[v].origin == "node" and (self.is_end(v) or v in outputs or self._leaves(v, pure)):
-                if not self._matrix(v):
-                    self.pure.append(v)
+            used = self.is_end(v) or v in outputs or self._leaves(v, pure)
+            if self.tape.values[v].origin == "node" and used and not self._matrix(v):
+                self.pure.append(v)
 
     def _matrix(self, vid: int) -> bool:
         """Is it nothing but the matrix of products?"""

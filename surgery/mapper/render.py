@@ -71,8 +71,8 @@ class Renderer:
 
     def _by_pieces(self, b: Bound) -> Expr | None:
         """The pieces side by side along one axis, where each is a source tensor as it is or with its axes permuted."""
-        if b.shift is not None and (told := self._grid(Grid.whole(b.shift, b.shape))) is not None:
-            return told
+        if b.shift is not None and (whole_one := self._grid(Grid.whole(b.shift, b.shape))) is not None:
+            return whole_one
         runs: dict[int, list[tuple[int, Expr]]] = {}
         for p in b.pieces:
             at = _box(p)
@@ -81,9 +81,9 @@ class Renderer:
             addends = [self._grid(g) for g in grids if g is not None]
             if any(a is None for a in addends):
                 return None
-            told = [a for a in addends if a is not None]
+            exprs = [a for a in addends if a is not None]
             size = tuple(n for _, n in at)
-            made = call("zeros", shape=size) if not told else told[0] if len(told) == 1 else call("add", *told)
+            made = call("zeros", shape=size) if not exprs else exprs[0] if len(exprs) == 1 else call("add", *exprs)
             cuts = [a for a, ((_, n), whole) in enumerate(zip(at, b.shape, strict=True)) if n != whole]
             if not cuts and len(b.pieces) == 1:
                 return made

@@ -283,7 +283,8 @@ class Search:
         if all(t.kind == "known" for t in terms):
             return [h]
         shape = part.shape(h.tape.values[vid].shape)
-        fresh, again = [], []
+        fresh: list[Hypothesis] = []
+        again: list[Hypothesis] = []
         for match, score, node in self._unified(h, terms, shape, vid):
             g = h.fork()
             if not g.settle(match.assignments):
@@ -372,8 +373,8 @@ class Search:
         return None
 
     def _rest_as_before(self, g: Hypothesis, names: list[str]) -> Hypothesis:
-        """What else of the same tensors an earlier block settled after this (keys after queries), settled along with it:
-        then the whole is computed at once. Whether it is right shows where it is used."""
+        """What else of the same tensors an earlier block settled after this (keys after queries), settled along with
+        it: then the whole is computed at once. Whether it is right shows where it is used."""
         patterns = tuple(pattern(n) for n in names)
         while any(n not in g.bound or not g.bound[n].full for n in names):
             settled = tuple(g.bound[n].covered if n in g.bound else 0 for n in names)

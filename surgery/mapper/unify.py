@@ -39,7 +39,7 @@ class Assignment:
 def _rows_apart(target: Tensor, sources: Sequence[Tensor]) -> tuple[Grid, list[Grid]]:
     """Numbers that run on in rows of one length, on all sides, as rows and columns."""
     n = len(target)
-    jumps = torch.nonzero(target[1:] - target[:-1] != 1).flatten() if target.ndim == 1 else []
+    jumps = torch.nonzero(target[1:] - target[:-1] != 1).flatten() if target.ndim == 1 else torch.zeros(0)
     width = int(jumps[0]) + 1 if len(jumps) else n
     if 1 < width < n and n % width == 0 and all(s.shape == target.shape for s in sources):
         step = torch.arange(width)
@@ -503,8 +503,8 @@ def _by_known(
     elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
         lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
         lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
-        e = _looked_up(target, source)
-        if e is not None and (m := _rest(e, target, source, lead_t, lead_r, exact)) is not None:
+        by_row = _looked_up(target, source)
+        if by_row is not None and (m := _rest(by_row, target, source, lead_t, lead_r, exact)) is not None:
             m.penalty -= 1.0
             out.append(m)
         for k, e in enumerate(_orders(shape_t, shape_r)):
