@@ -189,7 +189,7 @@ class Hypothesis(Affine):
         return any(self._hopeless(i) for i in node.inputs if self.tape.values[i].dtype.is_floating_point)
 
     def _within(self, vid: int) -> bool:
-        """Of a large value made of weights: does it lie in what is settled of its tensor? False only where surely not."""
+        """Of a large value made of weights: does it lie in what is settled of it? False only where surely not."""
         if not self.weight_only(vid) or math.prod(self.tape.values[vid].shape) <= HELD or (g := self.grid(vid)) is None:
             return True
         held = self.holder(g.lo)
