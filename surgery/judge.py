@@ -26,7 +26,7 @@ from surgery.divergence import diverge
 from surgery.errors import GraftError
 from surgery.exercise import Exercise, NotFaithful
 from surgery.expr import kind, names
-from surgery.link import link
+from surgery.link import held, link
 from surgery.mapper.record import NotRecordable, Tape, record
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
@@ -69,7 +69,7 @@ class Judge:
         self.device = device or home(target)
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
         self.links = links if links is not None else link(probe.reference, source)
-        self.values = unrounded(plan, source)
+        self.values = unrounded(plan, source, held(probe.reference, source, self.links))
         self.inputs = probe.proof_inputs()
         if not self.inputs:
             raise GraftError("the probe has no inputs", hint="Give at least one to search with and one to prove with.")
@@ -437,7 +437,7 @@ class Judge:
         """The residual with the values as the target stores them."""
         own = own_tensors(self.target)
         stored = {n: v.to(own[n].dtype) for n, v in self.values.items()}
-        if all(torch.equal(stored[n].to(v.dtype), v) for n, v in self.values.items()):
+        if all(stored[n] is v or torch.equal(stored[n].to(v.dtype), v) for n, v in self.values.items()):
             return 0.0
         keep, self.notes = self.notes, []
         again = self.compare(self.expected, self.target_twin(stored, new=self.probe.run_target is None))

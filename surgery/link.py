@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from surgery import dtypes
 from surgery.expr import Expr, Name, call
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
     for several in names.values():
         t = live[several[0]].detach()
         namesake = next((n for n in several if n in source and source[n].shape == tuple(t.shape)), None)
-        if namesake is not None and _equal(source.read(namesake), t):
+        if namesake is not None and _equal(_read(source, namesake), t):
             found.update(dict.fromkeys(several, Name(namesake)))
         else:
             rest.append(several)
@@ -47,6 +48,24 @@ def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
             if expr is not None:
                 found.update(dict.fromkeys(several, expr))
     return {n: found[n] for n in live if n in found}
+
+
+def _read(source: Checkpoint, name: str) -> Tensor:
+    """Read past the map: of a file that is compared as a whole, no page need stay."""
+    span = source.span(name)
+    return source.read(name) if span is None else span.load(source[name])
+
+
+def held(reference: nn.Module, source: Checkpoint, links: Mapping[str, Expr]) -> dict[str, Tensor]:
+    """The checkpoint's tensors that the reference holds as they are, bit for bit: they need not be read again."""
+    live = reference.state_dict(keep_vars=True)
+    out = {}
+    for name, expr in links.items():
+        if isinstance(expr, Name) and name in live and live[name].device.type == "cpu":
+            t = live[name].detach()
+            if dtypes.name_of(t.dtype) == source[expr.name].dtype and tuple(t.shape) == tuple(source[expr.name].shape):
+                out[expr.name] = t
+    return out
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

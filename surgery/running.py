@@ -35,17 +35,20 @@ def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
-def unrounded(plan: Plan, source: Checkpoint) -> dict[str, Tensor]:
+def unrounded(plan: Plan, source: Checkpoint, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The values of a plan's rows. Relayouts stay in the source's type, where they are exact; arithmetic is in
-    float64."""
+    float64. `held`: tensors of the source that are in memory already."""
+
+    def read(name: str) -> Tensor:
+        return held[name] if held is not None and name in held else source.read(name)
 
     def wide(name: str) -> Tensor:
-        return twin.lift(source.read(name))
+        return twin.lift(read(name))
 
     values: dict[str, Tensor] = {}
     for row in plan.rows:
         if row.expr is not None:
-            values[row.target] = evaluate(row.expr, source.read if kind(row.expr) == "exact" else wide)
+            values[row.target] = evaluate(row.expr, read if kind(row.expr) == "exact" else wide)
     for row in plan.rows:
         if row.tied_to is not None and row.tied_to in values:
             values[row.target] = values[row.tied_to]
