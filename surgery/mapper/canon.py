@@ -60,6 +60,13 @@ def _channel(x: Tensor, t: Tensor) -> list[int]:
     return shape
 
 
+def _one_a_channel(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, *rest: Any) -> bool:
+    """Does a convolution multiply every channel by a number of its own, and no more? One channel alone is a product."""
+    groups = rest[-1]
+    plain = all(n == 1 for n in stride) and not any(padding) and not any(rest[1])
+    return plain and x.ndim == w.ndim and groups > 1 and x.shape[1] == groups == w.numel() and w.is_contiguous()
+
+
 def _canon() -> dict[Any, Callable[..., Any]]:
     def addmm(r: Recorder, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         return _scaled_add(r, products.mm(r, x, w), b, beta, alpha)
@@ -125,7 +132,10 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         return batch_norm_eval(r, x, w, b, mean, var, eps), x.new_empty(0), x.new_empty(0)
 
     def convolution(r: Recorder, x: Any, w: Any, b: Any, *rest: Any) -> Any:
-        y = r.call(aten.convolution.default, x, w, None, *rest)
+        if _one_a_channel(x, w, *rest):  # a scale, as some write it
+            y = mul(r, x, r.call(aten.view.default, w, _channel(x, w)))
+        else:
+            y = r.call(aten.convolution.default, x, w, None, *rest)
         return y if b is None else r.call(aten.add.Tensor, y, r.call(aten.view.default, b, _channel(y, b)))
 
     def addcmul(r: Recorder, a: Any, b: Any, c: Any, *, value: Any = 1) -> Any:
