@@ -355,7 +355,7 @@ def _rows_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | Non
         if math.prod(want[last:]) != size:
             continue
         rows = local.reshape(-1, size)
-        whole = (rows % size == torch.arange(size)) & (rows - rows[:, :1] < size)
+        whole = (rows % size == torch.arange(size)) & (rows // size == rows[:, :1] // size)
         if len(rows) > MOST_ROWS or not bool(whole.all()):
             return None
         taken = call("take", expr, index=tuple((rows[:, 0] // size).tolist()), axis=0)
