@@ -23,6 +23,7 @@ from surgery.mapper.bound import Bound, Piece, in_box
 from surgery.mapper.grid import Grid, axes
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Derived, Product, Reference
+from surgery.mapper.taken import lines
 from surgery.mapper.terms import Virtual
 
 MOST_PARTS = 64  # of a concatenation
@@ -323,7 +324,7 @@ def view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
             if one is None
             else call("repeat", one, times=tuple(m if a in still else 1 for a, m in enumerate(want)))
         )
-    for read in (_plain_view, _strided, _flipped, _rows_taken):
+    for read in (_plain_view, _strided, _flipped, _rows_taken, _lines_taken):
         made = read(expr, shape, local)
         if made is not None:
             return made
@@ -360,6 +361,16 @@ def _rows_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | Non
             return None
         taken = call("take", expr, index=tuple((rows[:, 0] // size).tolist()), axis=0)
         return taken if (len(rows), *shape[1:]) == want else call("reshape", taken, shape=want)
+    return None
+
+
+def _lines_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
+    """Lines along any axis in an order of their own, laid out along one axis or several, and moved."""
+    for axis, index, size, at in lines(shape, local, MOST_ROWS):
+        whole = call("take", expr, index=tuple(index), axis=axis)
+        for read in (_plain_view, _strided):
+            if (made := read(whole, size, at)) is not None:
+                return made
     return None
 
 
