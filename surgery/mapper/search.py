@@ -29,6 +29,7 @@ from surgery.mapper.repeat import moved_on, pattern, recipe
 from surgery.mapper.repeated import Repeated
 from surgery.mapper.rows import match_rows, match_sites
 from surgery.mapper.spread import Spread
+from surgery.mapper.taps import products, rows_told, taps, taps_for
 from surgery.mapper.terms import Site, Term, apart
 from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
 from surgery.mapper.weighed import Weighed, weighed, weighed_or_not
@@ -541,6 +542,8 @@ class Search:
             if mine and (found := self._unified_as(h, mine, shape, theirs)):
                 keys = {_key(m) for m, _, _ in found}
                 return found + [w for w in whole if w[0].inner and not w[0].missing and _key(w[0]) not in keys]
+        if not whole and (found := self._by_taps(h, terms, shape)):
+            return found
         # a product of a stack against scaled values that are added, and the other way round
         for mine, theirs in ((weighed(terms), _as_it_is), (terms, weighed_or_not)):
             if not whole and mine and any(t.kind == "scale" for t in mine):
@@ -553,6 +556,13 @@ class Search:
         for m in self.repeated.matches(terms, shape):
             found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, -1))
         return list(found.values())[:WIDTH]
+
+    def _by_taps(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
+        """A convolution against a sum of products over shifted inputs, one a place of its kernel."""
+        count = products(terms)
+        found = self._unified_as(h, rows_told(terms), shape, taps_for(count)) if count > 1 else []
+        mine = taps(terms) if not found else None
+        return found or (self._unified_as(h, rows_told(mine), shape, rows_told) if mine else [])
 
     def _looked_up(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[tuple[Match, float, int]]:
         """Rows of a table that the reference looks up here and there, not at once."""
