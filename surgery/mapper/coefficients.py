@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from surgery.mapper.affine import Affine, base
+from surgery.mapper.affine import LAYOUT, Affine, base
 from surgery.mapper.record import Node, Ref
 
 LINEAR = ("layout", "sum", "scale")
@@ -99,11 +99,29 @@ def meets(p: Affine, vids: list[int]) -> list[int]:
     return list(dict.fromkeys(out))
 
 
+def _beside(p: Affine, node: Node) -> list[int]:
+    """The products of two values that have a factor in common with this one: the same value moved, or some of it."""
+    seen = {x.vid for x in node.args[:2] if isinstance(x, Ref)}
+    queue = list(seen)
+    while queue:
+        v = queue.pop()
+        made = p.tape.values[v].node
+        near = [v] if made < 0 or base(p.tape.nodes[made].op) not in LAYOUT else p.tape.nodes[made].inputs[:1]
+        for c in p.tape.consumers[v]:
+            if base(p.tape.nodes[c].op) in LAYOUT and p.tape.nodes[c].inputs[0] == v:
+                near = [*near, *(o for o in p.tape.nodes[c].outs if o >= 0)]
+        fresh = [i for i in near if i not in seen and p.tape.values[i].dtype.is_floating_point]
+        seen.update(fresh)
+        queue += fresh
+    return meets(p, sorted(seen))
+
+
 def missing(target: Affine, node: Node, reference: Affine, vids: list[int]) -> list[float]:
     """The factors that the reference spells out around the products of these values, and that the target leaves to its
-    weights: at this product of its own it multiplies by nothing at all. A target that does multiply says itself which
+    weights: at this product of its own, and at any other that shares a factor with it (a few of the scores, reckoned
+    first to choose among the queries), it multiplies by nothing at all. A target that does multiply says itself which
     function it is."""
-    if stated(target, node):
+    if any(stated(target, target.tape.nodes[c]) for c in _beside(target, node)):
         return []
     found = [math.prod(stated(reference, reference.tape.nodes[c])) for c in meets(reference, vids)]
     return list(dict.fromkeys(f for f in found if f != 0.0 and not math.isclose(f, 1.0, rel_tol=1e-12)))
