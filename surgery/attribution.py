@@ -1,7 +1,8 @@
 """A residual above the gate, although both compute the same: what float32 left behind, found by removing it.
 
-Two causes are known, and each is tried, never assumed: a frozen scalar that one side stores in float32 (a scale of
-d ** -0.5), and a table of constants that one side stores in float32 and the other computes as it runs (sinusoids).
+Two causes are known, and each is tried, never assumed: a frozen number that one side stores in float32 (a scale of
+d ** -0.5, the 1/n of a kernel that averages), and a table of constants that one side stores in float32 and the other
+computes as it runs (sinusoids).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from surgery.mapper.record import Tape
 from surgery.twin import LOW, _tensors_of
 
+_MOST = 1 << 16  # elements of a tensor that is looked at for one number
 _ULPS = 4  # how far a table may be from the other side's, in units of its type's rounding
 
 
@@ -30,12 +32,20 @@ def _round_numbers() -> dict[float, float]:
     return found
 
 
+def one_number(t: Tensor) -> bool:
+    """Is it a single number, or one number all over?"""
+    if t.numel() == 1 or t.is_meta or not 0 < t.numel() <= _MOST:
+        return t.numel() == 1
+    return bool((t == t.reshape(-1)[0]).all())
+
+
 def scalars(module: nn.Module, used: set[int]) -> dict[int, Tensor]:
-    """{id: value before rounding} of the single numbers that a module stores in float32 and that no plan moves."""
+    """{id: value before rounding} of the single numbers that a module stores in float32 (once, or all over a tensor)
+    and that no plan moves."""
     found = {}
     for t in _tensors_of(module):
-        if t.numel() == 1 and t.dtype == torch.float32 and id(t) not in used and not t.is_meta:
-            stored = float(t)
+        if t.dtype == torch.float32 and id(t) not in used and not t.is_meta and one_number(t):
+            stored = float(t.reshape(-1)[0])
             value = _round_numbers().get(abs(stored))
             if value is not None and value != abs(stored):
                 exact = value if stored > 0 else -value

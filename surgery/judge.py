@@ -357,7 +357,7 @@ class Judge:
         moved = {
             id(t)
             for n, t in own_tensors(reference).items()
-            if n in self.links and (t.numel() > 1 or used.intersection(names(self.links[n])))
+            if n in self.links and (not attribution.one_number(t) or used.intersection(names(self.links[n])))
         }
         filled = {id(t) for n, t in all_tensors(target).items() if n in self.values or n in self.new}
         theirs = self._tape_or_none(lambda: self.record_reference(found.worst_input))

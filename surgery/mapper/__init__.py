@@ -72,7 +72,7 @@ def find(
     exact |= _computed(target, {n for n in floats if n not in maybe}, seen)
     tape = _ran("target", lambda: again({}))
 
-    def searched(seen: Tape) -> tuple[Hypothesis | None, Hypothesis]:
+    def searched(seen: Tape, tape: Tape) -> tuple[Hypothesis | None, Hypothesis]:
         reference, outputs = Reference(seen), seen.outputs()
         if not outputs:
             raise GraftError(
@@ -90,11 +90,17 @@ def find(
         )
         return search.run()
 
-    won, best = searched(seen)
-    if won is None and _tables(probe.reference, set(links)):
-        ran = _ran("target", lambda: again({}, keep=1 << 28))
-        if better := _computed(probe.reference, set(links), ran):
-            won, best = searched(_ran("reference", lambda: refer(better)))
+    won, best = searched(seen, tape)
+    if won is None:
+        better = _numbers(probe.reference, _maybe_constant(probe.reference))
+        mine = _numbers(target, maybe)
+        exact |= mine
+        if _tables(probe.reference, set(links)):
+            ran = _ran("target", lambda: again({}, keep=1 << 28))
+            better |= _computed(probe.reference, set(links), ran)
+        if better or mine:
+            tape = _ran("target", lambda: again({})) if mine else tape
+            won, best = searched(_ran("reference", lambda: refer(better)), tape)
     return _plan(source, target, best, dict(links), own, kept, found=won is not None)
 
 
@@ -118,6 +124,16 @@ def _computed(module: nn.Module, weights: set[str], other: Tape) -> dict[str, Te
 
     named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     found = attribution.tables(module, {id(t) for n, t in named.items() if n in weights}, other)
+    return {n: found[id(t)] for n, t in named.items() if id(t) in found}
+
+
+def _numbers(module: nn.Module, constants: set[str]) -> dict[str, Tensor]:
+    """Constants that are one number all over, which a module stores rounded (a kernel that averages), as they were
+    before."""
+    from surgery import attribution
+
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    found = attribution.scalars(module, {id(t) for n, t in named.items() if n not in constants})
     return {n: found[id(t)] for n, t in named.items() if id(t) in found}
 
 
