@@ -52,7 +52,9 @@ def find(
     from surgery.mapper.record import record
     from surgery.mapper.reference import Reference
     from surgery.mapper.search import Search
+    from surgery.mapper.tables import Tables
 
+    inputs = Tables()
     links = dict(links) if links is not None else link(probe.reference, source)
     x = probe.search_input()
     own = {n: t.detach() for n, t in target.state_dict(keep_vars=True).items()}
@@ -61,11 +63,14 @@ def find(
     exact: dict[str, Tensor] = {}
 
     def refer(values: dict[str, Tensor]) -> Tape:
-        return record(probe.run_reference, twin.twin(probe.reference, values), x, weights=set(links), spare=True)
+        mine = twin.twin(probe.reference, values)
+        weights = set(links) - inputs.theirs
+        return record(probe.run_reference, mine, x, weights=weights, spare=True, tables=inputs.any)
 
     def again(values: dict[str, Tensor], keep: int = 0) -> Tape:
         sizes = None if keep else frozenset[int]()
-        return record(probe.call_target, twin.twin(target, exact | values), x, weights=floats, keep=keep, sizes=sizes)
+        mine, weights = twin.twin(target, exact | values), floats - inputs.mine
+        return record(probe.call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any)
 
     seen = _ran("reference", lambda: refer({}))
     _check_links(probe.reference, seen, links)
@@ -101,6 +106,11 @@ def find(
         if better or mine:
             tape = _ran("target", lambda: again({})) if mine else tape
             won, best = searched(_ran("reference", lambda: refer(better)), tape)
+    if won is None and (inputs := Tables.of((target, tape), (probe.reference, seen))).any:
+        won, _ = searched(_ran("reference", lambda: refer(better)), _ran("target", lambda: again({})))
+        if won is not None:
+            won.constant |= {n: own[n].double() for n in inputs.mine}
+            best = won
     return _plan(source, target, best, dict(links), own, kept, found=won is not None)
 
 

@@ -173,8 +173,11 @@ class _Touch(TorchFunctionMode):
 class Recorder(TorchDispatchMode):
     """Records on a Tape what runs inside; use `record()`."""
 
-    def __init__(self, keep: int, sizes: frozenset[int] | None = None, spare: bool = False) -> None:
+    def __init__(
+        self, keep: int, sizes: frozenset[int] | None = None, spare: bool = False, tables: bool = False
+    ) -> None:
         super().__init__()
+        self.tables = tables  # do constants that weights multiply count as inputs?
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
@@ -329,6 +332,8 @@ class Recorder(TorchDispatchMode):
         weights = any(self.tape.values[v].weights for v in refs)
         outs = []
         name = _name(op)
+        if self.tables and name in MEETS[:3] and weights and not all(self.tape.values[v].weights for v in refs):
+            data = True
         random = name.lstrip("_").startswith(RANDOM)
         window = _is_view(op) and (isinstance(args[0], twin.Lifted) or args[0] in self.windows)
         for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
@@ -510,6 +515,7 @@ def record(
     weights: set[str] | None = None,
     spare: bool = False,
     returned: list[Tensor] | None = None,
+    tables: bool = False,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -518,9 +524,9 @@ def record(
     elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held
     anyway. `spare`: of activations that no sum of weights refers to, keep the fingerprint only.
     `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
-    gradient are followed.
+    gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data.
     """
-    rec = Recorder(keep, sizes, spare)
+    rec = Recorder(keep, sizes, spare, tables)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers
