@@ -157,6 +157,8 @@ class Renderer:
             if made is not None:
                 return made
         if depth < 6:
+            if (made := self._framed(ids, depth)) is not None:
+                return made
             for axis in range(len(shape)):
                 made = self._split(ids, owner, axis, depth)
                 if made is not None:
@@ -167,6 +169,27 @@ class Renderer:
                 parts = [self.block(ids.narrow(axis, i, 1), depth + 1) for i in range(shape[axis])]
                 return call("cat", *parts, axis=axis)
         raise Unrenderable(f"no expression for an index map of shape {shape}")
+
+    def _framed(self, ids: Tensor, depth: int) -> Expr | None:
+        """What stands among zeros: a kernel within a larger one."""
+        inside = torch.nonzero(ids > 0)
+        first, last = inside.amin(0).tolist(), inside.amax(0).tolist()
+        edges = [a for a, n in enumerate(ids.shape) if first[a] or last[a] + 1 < n]
+        core = ids
+        for a in edges:
+            core = core.narrow(a, first[a], last[a] + 1 - first[a])
+        if len(edges) < 2 or not bool((core > 0).all()):  # zeros at the ends of one axis are joined to it as others are
+            return None
+        try:
+            made, size = self.block(core, depth + 1), [int(n) for n in core.shape]
+        except Unrenderable:
+            return None
+        for a in edges:
+            before, after = first[a], ids.shape[a] - 1 - last[a]
+            zeros = [call("zeros", shape=(*size[:a], n, *size[a + 1 :])) if n else None for n in (before, after)]
+            made = call("cat", *(e for e in (zeros[0], made, zeros[1]) if e is not None), axis=a)
+            size[a] = ids.shape[a]
+        return made
 
     # -- bases --------------------------------------------------------------------------------------------------------
     def _spans(self) -> list[tuple[int, int, Any]]:

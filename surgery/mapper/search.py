@@ -22,6 +22,7 @@ from surgery.mapper import coefficients
 from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
+from surgery.mapper.merged import Merged
 from surgery.mapper.parts import Part, cut_up, seen_as
 from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
 from surgery.mapper.reference import Reference
@@ -73,6 +74,7 @@ class Search:
         self.spread = Spread(reference)
         self.repeated = Repeated(reference)
         self.weighed = Weighed(reference)
+        self.merged = Merged(reference)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
@@ -418,6 +420,7 @@ class Search:
 
     def _scale(self, m: Match) -> None:
         """Give the constants that a match found to the numbers of its sources."""
+        self.merged.told(m)
         for a in m.assignments:
             if a.factors:
                 a.sources = [self.reference.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
@@ -513,7 +516,11 @@ class Search:
         elif found and (node is None or any(m.gain != 1.0 for m, _, _ in found)):
             exact = self._unified_as(h, terms, shape, _as_it_is, exact=True)
             found = found + [(m, score - 2.0, at) for m, score, at in exact if _scales(m)]
-        return found or self._unified_as(h, terms, shape, _as_it_is, exact=True)
+        found = found or self._unified_as(h, terms, shape, _as_it_is, exact=True)
+        if all(m.inner or m.missing for m, _, _ in found):  # an addend of a larger sum at best: the sum in one
+            merged = self._unified_as(h, terms, shape, self.merged.cut, exact=True)
+            found = [f for f in merged if not f[0].inner and not f[0].missing] + found
+        return found
 
     def _folded(self, h: Hypothesis, node: Node, found: list[Found]) -> list[Found]:
         """Factors of a product of two values: where the reference multiplies by a constant around that product and the
