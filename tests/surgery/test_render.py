@@ -103,6 +103,18 @@ READS: dict[str, tuple[Tensor, str]] = {
         "flip(flip(permute(kernel, dims=(1, 0, 2, 3)), axis=2), axis=3)",
     ),
     "rows in an order of their own": (w[[4, 0, 2, 1, 5, 3]], "take(w, index=(4, 0, 2, 1, 5, 3), axis=0)"),
+    "columns for pairs": (
+        w[:, torch.tensor([[1, 0], [3, 1]])],
+        "reshape(take(w, index=(1, 0, 3, 1), axis=1), shape=(6, 2, 2))",
+    ),
+    "rows for pairs, moved": (
+        w[torch.tensor([[1, 0], [3, 1]])].permute(2, 0, 1),
+        "reshape(transpose(take(w, index=(1, 0, 3, 1), axis=0)), shape=(5, 2, 2))",
+    ),
+    "a kernel within a larger one": (
+        torch.nn.functional.pad(kernel, (1, 0, 0, 1), value=-1),
+        "cat(zeros(shape=(3, 2, 3, 1)), cat(kernel, zeros(shape=(3, 2, 1, 2)), axis=2), axis=3)",
+    ),
 }
 
 
@@ -219,6 +231,22 @@ def anything(draw: st.DrawFn) -> Tensor:
             if math.prod(shape) == other.numel():
                 a = torch.cat([a, other.reshape(shape)], axis)
     return draw(st.sampled_from([permuted, sliced, reshaped]))(draw, a)
+
+
+@st.composite
+def looked_up(draw: st.DrawFn) -> Tensor:
+    """Lines of one tensor in any order, for one axis or for two, moved: some are read as something simpler."""
+    a = NUMBERS[draw(st.sampled_from(["w", "q.weight", "kernel"]))]
+    axis = draw(st.integers(0, a.ndim - 1))
+    index = draw(st.lists(st.integers(0, a.shape[axis] - 1), min_size=4, max_size=4))
+    made = a.index_select(axis, torch.tensor(index))
+    return permuted(draw, made.unflatten(axis, (2, 2)) if draw(st.booleans()) and a.ndim < 4 else made)
+
+
+@given(looked_up())
+@settings(max_examples=150, deadline=None)
+def test_lines_that_were_looked_up_are_rendered(ids: Tensor) -> None:
+    rendered(ids)
 
 
 @given(anything())
