@@ -61,6 +61,8 @@ class Piece:
 
     def lookup(self, positions: Tensor) -> Tensor:
         """For each position, its place in the piece (flat), or -1."""
+        if not self.at.numel():
+            return torch.full_like(positions, -1)
         if self.masks is None or self.at.numel() < 4096:
             keys, order = self._sorted
             found = torch.searchsorted(keys, positions).clamp_max(len(keys) - 1)
@@ -252,16 +254,18 @@ class Bound:
 
 
 def _agree(old: list[Tensor], new: list[Tensor]) -> bool:
-    """Is the first addend the same, element by element? (0 and no addend at all both mean zero.)"""
-    a, b = (x[0] if x else torch.zeros(1, dtype=torch.int64) for x in (old, new))
-    return bool((a == b).all())
+    """Are the addends the same, element by element, in whatever order? (0 and no addend at all both mean zero.)"""
+    count, n = max(len(old), len(new)), len((old or new or [torch.zeros(0)])[0])
+    none = torch.zeros(n, dtype=torch.int64)
+    a, b = (torch.stack([*x, *[none] * (count - len(x))]) if count else none for x in (old, new))
+    return bool((a == b).all()) if count < 2 else bool((a.sort(0).values == b.sort(0).values).all())
 
 
 def in_box(piece: Piece, source: Grid, box: Sequence[tuple[int, int]]) -> Grid | None:
     """The source numbers of a piece that is a box of its tensor, (start, length) an axis, in the tensor's own order;
     None where the piece's order is no mere permutation of axes."""
     steps = piece.at.strides
-    if steps is None or any(s < 0 for s in steps):
+    if steps is None or any(s < 0 for s in steps) or piece.at.numel() != math.prod(n for _, n in box):
         return None
     order = sorted(range(piece.at.ndim), key=lambda a: (-steps[a], piece.at.shape[a] == 1))
     size = [n for _, n in box]

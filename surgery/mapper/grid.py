@@ -89,7 +89,7 @@ class Grid:
     @property
     def first(self) -> int:
         """The number in the first place."""
-        return self.base + sum(int(p.reshape(-1)[0]) for p in self.parts)
+        return self.base + sum(int(p.reshape(-1)[0]) for p in self.parts) if self.numel() else self.base
 
     @property
     def holes(self) -> bool:
@@ -127,7 +127,7 @@ class Grid:
     def strides(self) -> tuple[int, ...] | None:
         """One step an axis, where the numbers go in even steps along every axis."""
         steps = [0] * self.ndim
-        for p in self.parts:
+        for p in self.parts if self.numel() else ():
             rebuilt = torch.zeros([1] * self.ndim, dtype=torch.int64)
             origin = p.reshape(-1)[0]
             for a in _varying(p):
@@ -150,7 +150,7 @@ class Grid:
     def same(self, other: Grid) -> bool:
         if self.shape != other.shape:
             return False
-        if self is other:
+        if self is other or not self.numel():
             return True
         if len(self.parts) == len(other.parts) and all(
             p.shape == q.shape for p, q in zip(self.parts, other.parts, strict=True)
@@ -185,13 +185,13 @@ class Grid:
         return Grid(shape, self.base, parts)
 
     def permute(self, dims: Sequence[int]) -> Grid:
-        return self.viewed(lambda t: t.permute(*dims))
+        return self.viewed(lambda t: t.permute(tuple(dims)))
 
     def transpose(self, a: int, b: int) -> Grid:
         return self.viewed(lambda t: t.transpose(a, b))
 
     def expand(self, shape: Sequence[int]) -> Grid:
-        return self.viewed(lambda t: t.expand(*shape))
+        return self.viewed(lambda t: t.expand(tuple(shape)))
 
     def unsqueeze(self, axis: int) -> Grid:
         return self.viewed(lambda t: t.unsqueeze(axis))
@@ -206,7 +206,7 @@ class Grid:
         """The lines along an axis without those that stand there already."""
         if all(p.shape[axis] == 1 for p in self.parts):
             return self.narrow(axis, 0, 1)
-        lines = self.dense().movedim(axis, 0).flatten(1)
+        lines = self.dense().movedim(axis, 0).reshape(self.shape[axis], -1)
         _, inverse = torch.unique(lines, dim=0, return_inverse=True)
         first = torch.full((int(inverse.max()) + 1,), len(lines), dtype=torch.int64)
         first.scatter_reduce_(0, inverse, torch.arange(len(lines)), "amin")
@@ -328,6 +328,8 @@ def axes(positions: Grid, shape: Sequence[int]) -> list[Tensor] | None:
     steps = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
     out = []
     base = positions.base
+    if not positions.numel():
+        return None
     for n, s in zip(shape, steps, strict=True):
         out.append(torch.full([1] * positions.ndim, (base // s) % n if s else 0, dtype=torch.int64))
     for p in positions.parts:
