@@ -2,14 +2,16 @@
 
 record     what a run shows: a tape of operators
 canon, products    operators in one spelling
-affine     values as sums of terms linear in the weights
-coefficients    constants that weights must take
-unify, weighed, repeated    where two sums meet
-invert     weights computed from weights
-reference, hypothesis, search    the walk over the target's tape
+affine, terms, grid    values as sums of terms linear in the weights
+parts, taps, taken    values, kernels and tables in pieces
+coefficients, factors, tables    constants that weights must take, and weights that are products
+rows, unify, weighed, repeated, merged, spread    one sum over another
+meeting    where and how a sum of the target meets the reference's
+bound, invert    what is settled of a tensor; weights computed from weights
+reference, hypothesis, repeat, search    the walk over the target's tape
 render     from numbered elements to expressions
 names      words as evidence
-static     where nothing can be run
+static, static_units, static_match    where nothing can be run
 """
 
 from __future__ import annotations

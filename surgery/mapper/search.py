@@ -1,56 +1,33 @@
 """Fill a program with holes: walk the target's tape, and bind each weight where it is needed, from the reference's run.
 
 A hypothesis is a target program in which some weights are settled. Values that need no open weight are computed; a
-value that does is left as a sum (affine.py) until something non-linear consumes it, and then it is unified (unify.py)
-with values of the reference that read the same rows. More than one way: the hypothesis forks. Hypotheses walk in step,
-and one whose values no longer occur in the reference, while another's do, is set aside; it is taken up again only if
-all others fail.
+value that does is left as a sum (affine.py) until something non-linear consumes it, and then it is settled in one of
+the ways in which it meets values of the reference (meeting.py). More than one way: the hypothesis forks. Hypotheses
+walk in step, and one whose values no longer occur in the reference, while another's do, is set aside; it is taken up
+again only if all others fail.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper import coefficients
 from surgery.mapper.affine import Affine, NotAffine, base
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
-from surgery.mapper.merged import Merged
+from surgery.mapper.meeting import WIDTH, Found, Meeting, Prior, firsts, scaled
 from surgery.mapper.parts import Part, cut_up, seen_as
-from surgery.mapper.record import SYNC, Node, Ref, Tape, fingerprint
+from surgery.mapper.record import SYNC, Node, Tape
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import moved_on, pattern, recipe
-from surgery.mapper.repeated import Repeated
-from surgery.mapper.rows import match_rows, match_sites
-from surgery.mapper.spread import Spread
-from surgery.mapper.taps import products, rows_told, taps, taps_for
-from surgery.mapper.terms import Site, Term, apart
-from surgery.mapper.unify import Assignment, Match, function, live, present_rows, unify
-from surgery.mapper.weighed import Weighed, weighed, weighed_or_not
+from surgery.mapper.terms import Term
+from surgery.mapper.unify import Assignment, Match, function
 
-WIDTH = 24  # hypotheses that walk in step
 TRIES = 96  # hypotheses taken up again after all others failed
 aten = torch.ops.aten
-
-
-Prior = Callable[[str, str], float]
-Found = tuple[Match, float, int]  # a way to settle a value, its score, the node of the reference that led to it
-Cut = Callable[[list[Term]], list[Term]]
-
-
-def _as_it_is(terms: list[Term]) -> list[Term]:
-    return terms
-
-
-def _apart_or_not(terms: list[Term]) -> list[Term]:
-    return apart(terms) or list(terms)
 
 
 class Search:
@@ -68,13 +45,9 @@ class Search:
         accept: Callable[[Hypothesis], bool],
     ) -> None:
         self.reference = reference
-        self.prior = prior
         self.again = again
         self.accept = accept
-        self.spread = Spread(reference)
-        self.repeated = Repeated(reference)
-        self.weighed = Weighed(reference)
-        self.merged = Merged(reference)
+        self.meeting = Meeting(reference, prior)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.forks = 0
@@ -288,14 +261,14 @@ class Search:
         shape = part.shape(h.tape.values[vid].shape)
         fresh: list[Hypothesis] = []
         again: list[Hypothesis] = []
-        for match, score, node in self._unified(h, terms, shape, vid):
+        for match, score, node in self.meeting.unified(h, terms, shape, vid):
             g = h.fork()
             if not g.settle(match.assignments):
                 continue
             value = g.total(g.part_terms(vid, part), shape)
             if value is None or not all(self.reference.occurs(v) for v in seen_as(g, vid, value)):
                 continue
-            (again if any(k in h.used for k in _firsts(match)) else fresh).append(g)
+            (again if any(k in h.used for k in firsts(match)) else fresh).append(g)
             g.swapped |= match.swapped
             g.score += score
             self._remember(g, match, 2, node)
@@ -312,13 +285,13 @@ class Search:
             if made is not None:
                 g.recipes[key] = made
         plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
-        if self.spread.folding and (not plain or h.spreads or h.spread_at == vid):
+        if self.meeting.spread.folding and (not plain or h.spreads or h.spread_at == vid):
             # are scales of the reference folded into these weights?
-            spread = self._taken(h, vid, self._spread_over(h, vid))
+            spread = self._taken(h, vid, self.meeting.spread_over(h, vid))
             for g, _ in spread:
                 g.spreads = True
             taken = spread if h.spread_at == vid else taken + spread
-        elif self.spread.folding and self.spread.likely(h, vid):
+        elif self.meeting.spread.folding and self.meeting.spread.likely(h, vid):
             later = h.fork()
             later.spread_at = vid
             self.reserve.append((-1, later))
@@ -332,7 +305,7 @@ class Search:
             h.stuck = h.stuck or h.tape.values[vid].name or self._module(h, vid)
             return [h]
         # A multiple of the reference's value need not occur in it: one with the constant in its weights is no better.
-        better = any(look and not _scales(m) for look, (_, m) in zip(looks, taken, strict=True))
+        better = any(look and not scaled(m) for look, (_, m) in zip(looks, taken, strict=True))
         for g, look in zip(out, looks, strict=True):
             g.last = [look if better or look or not any(looks) else None]
         if better and not all(looks):
@@ -399,7 +372,7 @@ class Search:
         """A hypothesis for each of these matches that makes the value known, and whether it occurs in the reference."""
         out = []
         for match, score, node in found:
-            g = h.fork() if len(found) > 1 or self.spread.folding else h  # else nothing is tried after it
+            g = h.fork() if len(found) > 1 or self.meeting.spread.folding else h  # else nothing is tried after it
             if g.settle(match.assignments) and g.known(vid) is not None:
                 g.swapped |= match.swapped
                 g.score += score
@@ -409,21 +382,6 @@ class Search:
                 g.last = [g.look(vid) if vid not in g.folded else None]
                 out.append((g, match))
         return out
-
-    def _spread_over(self, h: Hypothesis, vid: int) -> list[Found]:
-        """Matches with sums of the reference whose scales are spread over what they scale."""
-        found: dict[tuple[Any, ...], Found] = {}
-        for m, node in self.spread.matches(h, vid):
-            self._scale(m)
-            found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, node))
-        return sorted(found.values(), key=lambda f: (f[0].missing, f[0].zeros, -f[1]))[:WIDTH]
-
-    def _scale(self, m: Match) -> None:
-        """Give the constants that a match found to the numbers of its sources."""
-        self.merged.told(m)
-        for a in m.assignments:
-            if a.factors:
-                a.sources = [self.reference.times(s, f) for s, f in zip(a.sources, a.factors, strict=True)]
 
     def _settled_apart(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
         """The hypotheses in which a value put together from others is known, by settling one after the other: of what
@@ -478,10 +436,10 @@ class Search:
         shape = h.tape.values[vid].shape
         open_names = self._open(h, terms)
         maybe = {n for n in open_names if n in h.maybe}
-        found = self._unified(h, terms, shape, vid)
+        found = self.meeting.unified(h, terms, shape, vid)
         if maybe:
             full = [f for f in found if f[0].zeros == 0 and f[0].missing == 0]
-            if not full and any(not m.zeros and not m.missing for m, _, _ in self._spread_over(h, vid)):
+            if not full and any(not m.zeros and not m.missing for m, _, _ in self.meeting.spread_over(h, vid)):
                 return []  # see _settle
             if not full:  # a buffer that nothing in the source stands for is a constant of the target
                 for n in maybe:
@@ -489,7 +447,7 @@ class Search:
                 h.version += 1
                 if h.known(vid) is not None:
                     return [(Match([]), 0.0, -1)]
-                return self._unified(h, h.terms(vid), shape, vid)
+                return self.meeting.unified(h, h.terms(vid), shape, vid)
             found = full
         return found
 
@@ -506,276 +464,12 @@ class Search:
             names.update(h.owner(n)[1] for n in ends if n > 0)
         return names - {""}
 
-    def _unified(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...], vid: int) -> list[Found]:
-        """The ways to settle a value: as a multiple of one of the reference's, for a constant may follow; where none
-        can follow, or nothing is a multiple, as one of the reference's with the constants in the weights."""
-        found = self._multiples(h, terms, shape)
-        node = h.tape.nodes[h.at] if h.at < len(h.tape.nodes) else None
-        if node is not None and coefficients.bilinear(h, node):
-            found = self._folded(h, node, found)
-        elif found and (node is None or any(m.gain != 1.0 for m, _, _ in found)):
-            exact = self._unified_as(h, terms, shape, _as_it_is, exact=True)
-            found = found + [(m, score - 2.0, at) for m, score, at in exact if _scales(m)]
-        found = found or self._unified_as(h, terms, shape, _as_it_is, exact=True)
-        if all(m.inner or m.missing for m, _, _ in found):  # an addend of a larger sum at best: the sum in one
-            merged = self._unified_as(h, terms, shape, self.merged.cut, exact=True)
-            found = [f for f in merged if not f[0].inner and not f[0].missing] + found
-        return found
-
-    def _folded(self, h: Hypothesis, node: Node, found: list[Found]) -> list[Found]:
-        """Factors of a product of two values: where the reference multiplies by a constant around that product and the
-        target does not, the weights of the factor that is settled first take it."""
-        if h.at in h.folds or base(node.op) not in ("mm", "bmm"):
-            return found
-        out = []
-        for m, score, at in found:
-            alike = self.reference.closure([m.like]) if m.like >= 0 else []
-            factors = coefficients.missing(h, node, self.reference, alike)
-            for f in factors:
-                told = [Assignment(a.target, [self.reference.times(s, f) for s in a.sources]) for a in m.assignments]
-                out.append((replace(m, assignments=told, folds=h.at), score, at))
-            if not factors:
-                out.append((m, score, at))
-        return out
-
-    def _multiples(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
-        whole = self._unified_as(h, terms, shape, _as_it_is)
-        if not all(m.missing or m.inner for m, _, _ in whole):
-            return whole
-        if not whole and any(t.kind == "known" for t in terms):
-            whole = self._unified_as(h, terms, shape, self.reference.computed)
-        # a product of a concatenation against products of its parts, or against a product of one of them alone
-        for mine, theirs in ((apart(terms), _apart_or_not), (terms, _apart_or_not), (apart(terms), _as_it_is)):
-            if mine and (found := self._unified_as(h, mine, shape, theirs)):
-                keys = {_key(m) for m, _, _ in found}
-                return found + [w for w in whole if w[0].inner and not w[0].missing and _key(w[0]) not in keys]
-        if not whole and (found := self._by_taps(h, terms, shape)):
-            return found
-        # a product of a stack against scaled values that are added, and the other way round
-        for mine, theirs in ((weighed(terms), _as_it_is), (terms, weighed_or_not)):
-            if not whole and mine and any(t.kind == "scale" for t in mine):
-                whole = self._unified_as(h, mine, shape, theirs)
-        return whole or self._looked_up(h, terms, shape) or self._repeated(h, terms, shape)
-
-    def _repeated(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
-        """What is made of weights alone, by one program once and by the other for all of a batch."""
-        found: dict[tuple[Any, ...], Found] = {}
-        for m in self.repeated.matches(terms, shape):
-            found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, -1))
-        return list(found.values())[:WIDTH]
-
-    def _by_taps(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
-        """A convolution against a sum of products over shifted inputs, one a place of its kernel."""
-        count = products(terms)
-        found = self._unified_as(h, rows_told(terms), shape, taps_for(count)) if count > 1 else []
-        mine = taps(terms) if not found else None
-        return found or (self._unified_as(h, rows_told(mine), shape, rows_told) if mine else [])
-
-    def _looked_up(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[tuple[Match, float, int]]:
-        """Rows of a table that the reference looks up here and there, not at once."""
-        found = []
-        for t in self.reference.lookups if any(t.place is not None for t in terms) else []:
-            assert t.ids is not None
-            found += unify(terms, shape, [t], (len(t.ids),))
-        return [(m, self._score(h, m) - m.penalty, -1) for m in found]
-
-    def _unified_as(
-        self,
-        h: Hypothesis,
-        terms: list[Term],
-        shape: tuple[int, ...],
-        cut: Cut,
-        *,
-        exact: bool = False,
-    ) -> list[Found]:
-        ref = self.reference
-        ends = set(ref.tape.outputs())
-        found: list[Found] = []
-        seen: set[tuple[Any, ...]] = set()
-        n = math.prod(shape)
-        for start, values in self._meeting(h, terms, cut, exact):
-            for group in self._nearest(values, shape, exact):
-                best: list[Found] = []
-                for y, part in group:
-                    try:
-                        theirs = cut(ref.terms(y))
-                    except NotAffine:
-                        continue
-                    size_r = ref.tape.values[y].shape
-                    if part is not None:
-                        theirs, size_r = part.of(theirs), part.shape(size_r)
-                    size = math.prod(size_r)
-                    for m in unify(terms, shape, theirs, size_r, exact=exact):
-                        m.like = y
-                        self._scale(m)
-                        key = _key(m)
-                        if key not in seen:
-                            seen.add(key)
-                            m.inner = part is None and not (ref.is_end(y) or y in ends)
-                            best.append((m, self._score(h, m) - m.penalty - (0.0 if size == n else 0.5), start))
-                found += best
-                if any(b[0].missing == 0 for b in best):
-                    break
-        if any(f[0].missing == 0 for f in found):
-            found = [f for f in found if f[0].missing == 0] + [f for f in found if f[0].missing]
-        found.sort(key=lambda f: (f[0].missing, -f[1]))
-        return found[:WIDTH]
-
-    def _nearest(self, values: list[int], shape: tuple[int, ...], exact: bool) -> list[list[tuple[int, Part | None]]]:
-        """Values of the reference (or parts of one that is cut up later) in the order in which to try them: ends of
-        the same size, others of it, larger.
-
-        Of values that are one value moved or scaled, one is enough: that in the target's shape, else one with its axes
-        in another order (their elements need not be told apart by value), else the last. `exact`: a value that was
-        scaled is another.
-        """
-
-        def unlike(y: int) -> int:
-            theirs = values_of[y].shape
-            return 0 if theirs == shape else 1 if sorted(theirs) == sorted(shape) else 2
-
-        ref, n = self.reference, math.prod(shape)
-        values_of = ref.tape.values
-        size = {y: math.prod(values_of[y].shape) for y in values}
-        root: dict[int, int] = {}
-        for y in sorted(values):
-            node = ref.tape.nodes[values_of[y].node] if values_of[y].node >= 0 else None
-            moved = node is not None and len(node.outs) == 1 and ref.kind(node) in ("layout", "sum")
-            data = [i for i in node.inputs if values_of[i].data] if node is not None and moved else []
-            alone = (
-                len(data) == 1 and not any(values_of[i].weights and not values_of[i].data for i in node.inputs)
-                if node
-                else False
-            )
-            plain = node is not None and not any(isinstance(a, Ref) for a in node.args[1:])
-            plain = plain and not (exact and node is not None and coefficients.of(node) is not None)
-            root[y] = root.get(data[0], y) if alone and plain and size.get(data[0]) == size[y] else y
-        chosen: dict[int, int] = {}
-        for y in sorted(values):
-            kept = chosen.get(root[y])
-            if kept is None or (unlike(kept) and unlike(y) <= unlike(kept)):
-                chosen[root[y]] = y
-        ends = {root[y] for y in values if ref.is_end(y)}
-        equal = [y for r, y in chosen.items() if size[y] == n]
-        first = [y for y in equal if root[y] in ends]
-        larger = [y for y in chosen.values() if size[y] > n]
-        smaller = [y for y in chosen.values() if size[y] < n]
-        groups: list[list[tuple[int, Part | None]]] = [
-            [(y, None) for y in group] for group in (first, [y for y in equal if y not in first], larger, smaller)
-        ]
-        for y in larger:
-            whole = values_of[y].shape
-            groups[0] += [(y, part) for part in cut_up(ref, y) if math.prod(part.shape(whole)) == n]
-        return [g for g in groups if g]
-
-    def _meeting(self, h: Hypothesis, terms: list[Term], cut: Cut, exact: bool) -> Iterator[tuple[int, list[int]]]:
-        """Where in the reference to look: (a node, the values that follow from it)."""
-        ref = self.reference
-        out: list[tuple[int, list[int]]] = []
-        products = [t for t in terms if live(t)]
-        if products:
-            lead = products[0]
-            assert lead.site is not None
-            rows = present_rows(lead)
-            whole = not exact and cut(terms) is terms  # inputs as they are: no multiples of them, no parts
-            nodes = ref.sharing(lead.site, rows) if whole else ref.products
-            yield from self._read_alike(lead.site, rows, nodes, cut, exact)
-            return
-        scales = [t for t in terms if t.kind == "scale"]
-        if scales and cut is weighed_or_not:
-            yield from self.weighed.meeting(scales[0])
-            return
-        if scales:
-            twins = set()
-            for value in (h.known(scales[0].vid) if scales[0].vid >= 0 else None, scales[0].value):
-                if value is not None:
-                    twins.update(ref.index.find(fingerprint(value)))
-            for i in ref.scales:
-                node = ref.tape.nodes[i]
-                if any(v in twins for v in node.inputs):
-                    out.append((i, ref.closure([node.outs[0]])))
-            if not out and scales[0].value is not None:
-                out = [(i, ref.closure([ref.tape.nodes[i].outs[0]])) for i in self._same_rows(scales[0].value)]
-            yield from out
-            return
-        total: Tensor | None = None
-        for t in terms:
-            if t.kind == "known" and t.value is not None:
-                total = t.coef * t.value if total is None else total + t.coef * t.value
-        if total is not None and bool((total != 0).any()):
-            known = [total] + [t.value for t in terms if t.kind == "known" and t.value is not None]
-            for value in known:
-                for y in ref.index.find(fingerprint(value)):
-                    out.append((ref.tape.values[y].node, ref.closure([y])))
-                if out:
-                    break
-            yield from out
-            return
-        yield from ((ref.tape.values[y].node, [y]) for y in ref.pure)
-
-    def _read_alike(
-        self, site: Site, rows: Tensor, nodes: list[int], cut: Cut, exact: bool
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Those of these products that read rows of the site's."""
-        ref = self.reference
-        for i in nodes:
-            out = ref.tape.nodes[i].outs[0]
-            try:
-                sites = {id(t.site): t.site for t in cut(ref.terms(out)) if t.kind == "product" and t.site}
-            except NotAffine:
-                continue
-            if any(match_sites(site, s, rows, scaled=exact) is not None for s in sites.values()):
-                yield i, ref.closure([out])
-
-    def _same_rows(self, value: Tensor) -> list[int]:
-        """Scalings in the reference whose known factor holds these rows, and more."""
-        k = value.shape[-1] if value.ndim else 0
-        out = []
-        for i in self.reference.scales:
-            for v in self.reference.tape.nodes[i].inputs:
-                other = self.reference.known(v) if self.reference.tape.values[v].data else None
-                if other is None or not other.ndim or other.shape[-1] != k or other.numel() <= value.numel() or k < 2:
-                    continue
-                rows = torch.arange(value.numel() // k)
-                if match_rows(value.reshape(-1, k), rows, other.reshape(-1, k)) is not None:
-                    out.append(i)
-        return out
-
-    def _score(self, h: Hypothesis, m: Match) -> float:
-        score = 0.0
-        for t, s in self._names(h, m):
-            score += self.prior(t, s)
-        score += sum(8.0 for t, s in self._places(h, m) if s in h.template.get(t, ()))
-        if any(k in h.used for k in _firsts(m)):
-            score -= 12.0
-        return score
-
-    def _names(self, h: Hypothesis, m: Match) -> list[tuple[str, str]]:
-        pairs = []
-        for a in m.assignments:
-            if a.sources and a.target.numel():
-                t = h.owner(a.target.first)[1]
-                s = self.reference.owner(self.reference.told_by(a.sources[0].first))[1]
-                if t and s:
-                    pairs.append((t, s))
-        return pairs
-
-    def _places(self, h: Hypothesis, m: Match) -> list[tuple[str, str]]:
-        """What a match says of its block: where in a tensor of this name, from where in one of that name."""
-        out = []
-        for a in m.assignments:
-            if a.sources and a.target.numel():
-                t, s = _place(h, a.target.first), _place(self.reference, self.reference.told_by(a.sources[0].first))
-                if t and s:
-                    out.append((t, s))
-        return out
-
     def _remember(self, h: Hypothesis, m: Match, of: int, node: int) -> None:
-        pairs = self._names(h, m)
-        fresh = not any(k in h.used for k in _firsts(m))
-        places = self._places(h, m)
+        pairs = self.meeting.names(h, m)
+        fresh = not any(k in h.used for k in firsts(m))
+        places = self.meeting.places(h, m)
         h.supported = fresh and bool(places) and all(s in h.template.get(t, ()) for t, s in places)
-        h.used.update(_firsts(m))
+        h.used.update(firsts(m))
         if m.folds >= 0:
             h.folds.add(m.folds)
         for t, s in places:
@@ -795,22 +489,3 @@ def _factors(p: Affine, node: Node) -> tuple[Grid, Grid]:
     elif all(part.shape[0] == 1 for part in a.parts):
         a, b = a.narrow(0, 0, 1), b.permute((1, 0, 2)).reshape(1, b.shape[1], -1)
     return a.once(1), b.once(2)
-
-
-def _scales(m: Match) -> bool:
-    return any(not math.isclose(f, 1.0, rel_tol=1e-12) for a in m.assignments for f in a.factors)
-
-
-def _firsts(m: Match) -> list[int]:
-    return [a.sources[0].first for a in m.assignments if a.sources and a.target.numel()]
-
-
-def _place(p: Affine, number: int) -> str:
-    found = p.holder(number)
-    return f"{pattern(found[2])} {(number - found[0]) / found[1]:.6f}" if found is not None else ""
-
-
-def _key(m: Match) -> tuple[Any, ...]:
-    """Two matches that settle the same elements in the same way are one."""
-    parts = [(a.target.key(), *(s.key() for s in a.sources)) for a in m.assignments if a.target.numel()]
-    return tuple(sorted(parts, key=repr))
