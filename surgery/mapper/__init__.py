@@ -2,7 +2,7 @@
 
 record     what a run shows: a tape of operators
 canon, products    operators in one spelling
-affine, terms, grid    values as sums of terms linear in the weights
+kinds, affine, terms, grid    values as sums of terms linear in the weights
 parts, taps, taken    values, kernels and tables in pieces
 coefficients, factors, tables    constants that weights must take, and weights that are products
 rows, unify, weighed, repeated, merged, spread    one sum over another

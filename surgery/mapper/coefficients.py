@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from surgery.mapper.affine import LAYOUT, Affine, base
+from surgery.mapper.affine import Affine
+from surgery.mapper.kinds import LAYOUT, base
 from surgery.mapper.record import Node, Ref
 
 LINEAR = ("layout", "sum", "scale")

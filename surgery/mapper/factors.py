@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, base
+from surgery.mapper.affine import Affine
 from surgery.mapper.grid import Grid
+from surgery.mapper.kinds import base
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Reference
 from surgery.mapper.terms import Virtual

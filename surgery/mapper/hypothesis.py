@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import PARTS, Affine, NotAffine, base
+from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.bound import Bound, Piece
 from surgery.mapper.grid import Grid, axes, cut
+from surgery.mapper.kinds import PARTS, base
 from surgery.mapper.parts import Part
 from surgery.mapper.record import PERMUTING, Fingerprint, Node, Tape, fingerprint
 from surgery.mapper.reference import Reference

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import NotAffine, base
+from surgery.mapper.affine import NotAffine
 from surgery.mapper.factors import factors, multiplied, pair, virtual_holder
+from surgery.mapper.kinds import base
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.terms import Virtual
 from surgery.mapper.unify import Assignment

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from surgery.mapper import coefficients
-from surgery.mapper.affine import Affine, NotAffine, base
+from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.hypothesis import Hypothesis
+from surgery.mapper.kinds import base
 from surgery.mapper.merged import Merged
 from surgery.mapper.parts import Part, cut_up
 from surgery.mapper.record import Node, Ref, fingerprint

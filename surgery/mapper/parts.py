@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.mapper.affine import Affine, base
+from surgery.mapper.affine import Affine
+from surgery.mapper.kinds import base
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.terms import Term
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from surgery.expr import Expr, call
-from surgery.mapper.affine import NotAffine, base
+from surgery.mapper.affine import NotAffine
 from surgery.mapper.bound import Bound, Piece, in_box
 from surgery.mapper.grid import Grid, axes
+from surgery.mapper.kinds import base
 from surgery.mapper.record import Node, Ref
 from surgery.mapper.reference import Derived, Product, Reference
 from surgery.mapper.taken import lines

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from surgery import twin
-from surgery.mapper.affine import Affine, NotAffine, base
+from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
+from surgery.mapper.kinds import base
 from surgery.mapper.meeting import WIDTH, Found, Meeting, Prior, firsts, scaled
 from surgery.mapper.parts import Part, cut_up, seen_as
 from surgery.mapper.record import SYNC, Node, Tape

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from surgery.mapper.affine import base
+from surgery.mapper.kinds import base
 from surgery.mapper.record import MOVES, Node, Tape
 
 PRODUCTS = frozenset({"mm", "bmm", "convolution"})
