@@ -224,6 +224,8 @@ class Grid:
             want[want.index(-1)] = n // rest if rest else 0
         if tuple(want) == self.shape:
             return self
+        if math.prod(want) != n:
+            raise ValueError(f"{n} numbers do not make the shape {tuple(want)}")
         if n == 0:
             return Grid(want, self.base, [])
         groups = list(_groups(self.shape, want))
