@@ -5,11 +5,11 @@ canon, products    operators in one spelling
 kinds, affine, terms, grid    values as sums of terms linear in the weights
 parts, taps, taken    values, kernels and tables in pieces
 coefficients, factors, tables    constants that weights must take, and weights that are products
-rows, unify, weighed, repeated, merged, spread    one sum over another
+rows, align, unify, weighed, repeated, merged, spread    one sum over another
 meeting    where and how a sum of the target meets the reference's
 bound, invert    what is settled of a tensor; weights computed from weights
 reference, hypothesis, repeat, search    the walk over the target's tape
-render     from numbered elements to expressions
+render, completion     from numbered elements to expressions
 names      words as evidence
 static, static_units, static_match    where nothing can be run
 """
@@ -236,7 +236,8 @@ def _plan(
 ) -> Plan:
     """The rows of a hypothesis, in the target's order, and what becomes of the rest of the source."""
     from surgery.dtypes import name_of
-    from surgery.mapper.render import Renderer, Unrenderable, complete
+    from surgery.mapper.completion import complete
+    from surgery.mapper.render import Renderer, Unrenderable
     from surgery.memory import info_of
 
     renderer = Renderer(h.reference, links)

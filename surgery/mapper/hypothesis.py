@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine
+from surgery.mapper.align import function
 from surgery.mapper.bound import Bound, Piece
 from surgery.mapper.grid import Grid, axes, cut
 from surgery.mapper.kinds import PARTS, base
@@ -19,7 +20,7 @@ from surgery.mapper.record import PERMUTING, Fingerprint, Node, Tape, fingerprin
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import Recipe, numbers, pattern
 from surgery.mapper.terms import Site, Term, cells, compact
-from surgery.mapper.unify import Assignment, function, live
+from surgery.mapper.unify import Assignment, live
 
 aten = torch.ops.aten
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine
+from surgery.mapper.align import function
 from surgery.mapper.grid import Grid
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.kinds import base
@@ -25,7 +26,7 @@ from surgery.mapper.record import SYNC, Node, Tape
 from surgery.mapper.reference import Reference
 from surgery.mapper.repeat import moved_on, pattern, recipe
 from surgery.mapper.terms import Term
-from surgery.mapper.unify import Assignment, Match, function
+from surgery.mapper.unify import Assignment, Match
 
 TRIES = 96  # hypotheses taken up again after all others failed
 aten = torch.ops.aten

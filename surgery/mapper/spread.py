@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.affine import Affine, NotAffine
+from surgery.mapper.align import function
 from surgery.mapper.grid import Grid
 from surgery.mapper.record import Node
 from surgery.mapper.reference import Reference
 from surgery.mapper.rows import match_sites
 from surgery.mapper.terms import Site, Term, Virtual
-from surgery.mapper.unify import Match, function, live, present_rows, unify
+from surgery.mapper.unify import Match, live, present_rows, unify
 
 if TYPE_CHECKING:
     from surgery.mapper.hypothesis import Hypothesis

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from surgery import twin
 from surgery.expr import Name, evaluate, infer, parse
+from surgery.mapper.completion import complete
 from surgery.mapper.hypothesis import Bound
 from surgery.mapper.record import record
 from surgery.mapper.reference import Reference
-from surgery.mapper.render import Renderer, Unrenderable, complete
+from surgery.mapper.render import Renderer, Unrenderable
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "q.weight": (4, 6),

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery import twin
+from surgery.mapper.align import align_values, function
 from surgery.mapper.hypothesis import Hypothesis
 from surgery.mapper.record import record
 from surgery.mapper.reference import Reference
 from surgery.mapper.rows import match_rows
-from surgery.mapper.unify import Match, align_values, function, unify
+from surgery.mapper.unify import Match, unify
 
 HEADS, WIDTH = 2, 6
 
