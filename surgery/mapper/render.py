@@ -28,6 +28,7 @@ from surgery.mapper.terms import Virtual
 
 MOST_PARTS = 64  # of a concatenation
 MOST_ROWS = 4096  # that a plan names one by one
+MOST_ELEMENTS = 64  # likewise, where nothing else says what they are
 
 
 class Unrenderable(Exception):
@@ -168,6 +169,9 @@ class Renderer:
                 axis = short[0]
                 parts = [self.block(ids.narrow(axis, i, 1), depth + 1) for i in range(shape[axis])]
                 return call("cat", *parts, axis=axis)
+            if not depth and len(kinds) == 1 and ids.numel() <= MOST_ELEMENTS:
+                expr, size, first = self._base(int(kinds[0]))
+                return _elements_taken(expr, size, ids - first)
         raise Unrenderable(f"no expression for an index map of shape {shape}")
 
     def _framed(self, ids: Tensor, depth: int) -> Expr | None:
@@ -397,6 +401,13 @@ def _lines_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | No
     return None
 
 
+def _elements_taken(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr:
+    """Elements one by one."""
+    line = expr if len(shape) == 1 else call("reshape", expr, shape=(math.prod(shape),))
+    taken = call("take", line, index=tuple(local.reshape(-1).tolist()), axis=0)
+    return taken if local.ndim == 1 else call("reshape", taken, shape=tuple(local.shape))
+
+
 def _plain_view(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
     """A transpose, a slice, or both."""
     want = tuple(local.shape)
@@ -469,7 +480,6 @@ def _radix(profile: Tensor) -> list[tuple[int, int]] | None:
 def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
     """Any nest of strides: reshape, slice, permute, reshape."""
     want = tuple(local.shape)
-    total = math.prod(shape)
     offset = int(local.reshape(-1)[0])
     dims: list[tuple[int, int]] = []
     rebuilt = torch.full(want, offset, dtype=torch.int64)
@@ -485,10 +495,36 @@ def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
     if not bool((rebuilt == local).all()) or any(s <= 0 for _, s in dims):
         return None
     order = sorted(range(len(dims)), key=lambda k: -dims[k][1])
+    nests = [dims[k] for k in order]
+    piece = _nested(expr, shape, nests, offset)
+    if piece is None:  # axes that lie close together are one before they are cut apart
+        piece = _nested(expr, shape, _fused(nests), offset)
+        if piece is None:
+            return None
+        piece = call("reshape", piece, shape=(*(n for n, _ in nests), 1))
+    perm = [order.index(k) for k in range(len(dims))]
+    if perm != sorted(perm):
+        piece = call("permute", piece, dims=(*perm, len(order)))
+    return call("reshape", piece, shape=want)
+
+
+def _fused(nests: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Nested (size, stride), outermost first, with those that follow each other without a gap as one."""
+    out: list[tuple[int, int]] = []
+    for n, s in nests:
+        if out and out[-1][1] == n * s:
+            out[-1] = (out[-1][0] * n, s)
+        else:
+            out.append((n, s))
+    return out
+
+
+def _nested(expr: Expr, shape: tuple[int, ...], nests: list[tuple[int, int]], offset: int) -> Expr | None:
+    """Elements from `offset` on in nested (size, stride), outermost first: an axis for each, and one of a single
+    element."""
     sizes, at = [], []
-    above = total
-    for k in order:
-        n, s = dims[k]
+    above = math.prod(shape)
+    for n, s in nests:
         if above % s:
             return None
         sizes.append(above // s)
@@ -498,12 +534,9 @@ def _strided(expr: Expr, shape: tuple[int, ...], local: Tensor) -> Expr | None:
         above = s
     trailing = above
     piece: Expr = call("reshape", expr, shape=(*sizes, trailing)) if (*sizes, trailing) != shape else expr
-    for axis, k in enumerate(order):
-        if dims[k][0] != sizes[axis]:
-            piece = call("slice", piece, axis=axis, start=at[axis], stop=at[axis] + dims[k][0])
+    for axis, (n, _) in enumerate(nests):
+        if n != sizes[axis]:
+            piece = call("slice", piece, axis=axis, start=at[axis], stop=at[axis] + n)
     if trailing > 1:
-        piece = call("slice", piece, axis=len(order), start=offset % trailing, stop=offset % trailing + 1)
-    perm = [order.index(k) for k in range(len(dims))]
-    if perm != sorted(perm):
-        piece = call("permute", piece, dims=(*perm, len(order)))
-    return call("reshape", piece, shape=want)
+        piece = call("slice", piece, axis=len(nests), start=offset % trailing, stop=offset % trailing + 1)
+    return piece

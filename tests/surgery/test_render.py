@@ -9,7 +9,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch import Tensor, nn
 
 from surgery import twin
@@ -194,6 +194,8 @@ def read_backwards(draw: st.DrawFn) -> Tensor:
 
 
 @given(st.one_of(pieces(), read_backwards()))
+@example(NUMBERS["q.weight"].reshape(-1)[:10].reshape(2, 5))  # its axes divide none of the tensor's
+@example(NUMBERS["w"][:, 1:3].reshape(12)[4:7])  # a run in a part of a tensor
 @settings(max_examples=150, deadline=None)
 def test_any_view_of_one_tensor_is_rendered(ids: Tensor) -> None:
     rendered(ids)
