@@ -212,9 +212,9 @@ class Judge:
             tape = self.record_target(target, at, sizes=frozenset())
         elif any(t.is_floating_point() and not t.requires_grad for t in returned):
             live = None  # or one that switches them off
-        held = [tape.values[v].tensor for v in tape.outputs()]
-        got = [twin_of.lift(t).detach() for t in held if t is not None]
-        if len(got) != len(held) or not got:
+        kept = [tape.values[v].tensor for v in tape.outputs()]
+        got = [twin_of.lift(t).detach() for t in kept if t is not None]
+        if len(got) != len(kept) or not got:
             return self.target_side.outputs(target, x, label)
         if len(got) == len(expected) and all(
             surface.residual(a, b) <= GATE for a, b in zip(expected, got, strict=True)

@@ -359,7 +359,7 @@ class Hypothesis(Affine):
         """Run the node on what is known, and hold what it gives."""
         found = self.run(node, {})
         outs = list(found) if isinstance(found, (tuple, list)) else [found]
-        for k, (vid, t) in enumerate(zip(node.outs, outs, strict=False)):
+        for k, (vid, t) in enumerate(zip(node.outs, outs, strict=True)):
             if vid >= 0 and isinstance(t, Tensor):
                 if self.tape.values[vid].data:
                     outs[k] = t = twin.lift(t)

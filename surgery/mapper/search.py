@@ -52,7 +52,6 @@ class Search:
         self.meeting = Meeting(reference, prior)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
         self.reserve: list[tuple[int, Hypothesis]] = []
-        self.forks = 0
         self.shelved = 0  # of the reserve, how many do not hold their activations
 
     def run(self) -> tuple[Hypothesis | None, Hypothesis]:
@@ -314,7 +313,6 @@ class Search:
             self.reserve += [(0, g) for g, look in zip(out, looks, strict=True) if not look]
             out = [g for g, look in zip(out, looks, strict=True) if look]
         if len(out) > 1:
-            self.forks += 1
             supported = [g for g in out if g.supported]
             if supported:
                 self.reserve += [(1, g) for g in out if g is not supported[0]]

@@ -728,7 +728,7 @@ class MultiHeaded(nn.Module):
     def forward(self, query, key, value, mask):
         n = query.size(0)
         query, key, value = (
-            f(x).view(n, -1, H, DH).transpose(1, 2) for f, x in zip(self.linears, (query, key, value), strict=False)
+            f(x).view(n, -1, H, DH).transpose(1, 2) for f, x in zip(self.linears[:3], (query, key, value), strict=True)
         )
         scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(DH)
         scores = scores.masked_fill(mask.unsqueeze(1) == 0, -1e9)
