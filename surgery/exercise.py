@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from surgery import twin
 from surgery.expr import Call, Expr, Name, evaluate, kind, names, walk
+from surgery.gradients import pulled
 from surgery.mapper.record import HUGE, Node, Ref, Tape
 from surgery.plan import Row
 from surgery.reader import TensorInfo
@@ -146,7 +147,7 @@ class Exercise:
             if live is not None:
                 own, returned = live
                 leaves = {vid: own[several[0]] for vid, several in names_of.items() if own[several[0]].requires_grad}
-                tops = _pulled(_projection(tape, [], {}, returned), leaves)
+                tops = pulled(_projection(tape, [], {}, returned), leaves)
             if tops is None:
                 leaves = {
                     vid: (twin.Lifted(t) if t.dtype in twin.LOW else t.detach()).requires_grad_()
@@ -154,7 +155,7 @@ class Exercise:
                     if (t := tape.values[vid].tensor) is not None
                 }
                 known = replay(tape, nodes, leaves, keep=outputs)
-                tops = _pulled(_projection(tape, outputs, known, []), leaves) or {}
+                tops = pulled(_projection(tape, outputs, known, []), leaves) or {}
         top = max((float(lines[0].max()) for lines in tops.values()), default=0.0)
         for vid, lines in tops.items():
             hit = [m > QUIET * top if top > 0 else torch.zeros_like(m, dtype=torch.bool) for m in lines]
@@ -282,51 +283,6 @@ def segment_ids(expr: Expr | None, n: int, source: Mapping[str, TensorInfo]) -> 
 
 def _pure_layout(expr: Expr) -> bool:
     return kind(expr) == "exact" and all(names(e) and e.op != "neg" for e in walk(expr) if isinstance(e, Call))
-
-
-def _pulled(total: Tensor | None, leaves: Mapping[int, Tensor]) -> dict[int, list[Tensor]] | None:
-    """For each leaf and each of its axes, the largest gradient in each line. A leaf's gradient is looked at as soon as
-    it is there and not kept. None where the graph cannot be walked back: the program wrote into what it had used."""
-    found: dict[int, list[Tensor]] = {}
-    if total is None or not total.requires_grad or not leaves:
-        return found
-
-    def looked(vid: int) -> Callable[[Tensor], None]:
-        def look(leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            found[vid] = _largest(leaf.grad.detach())
-            leaf.grad = None
-
-        return look
-
-    handles = [leaf.register_post_accumulate_grad_hook(looked(vid)) for vid, leaf in leaves.items()]
-    try:
-        torch.autograd.backward([total], inputs=list(leaves.values()))
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        return None
-    finally:
-        for h in handles:
-            h.remove()
-    return found
-
-
-def _largest(g: Tensor) -> list[Tensor]:
-    """For each axis, the largest absolute value in each line."""
-    if g.ndim < 2:
-        return [g.abs().reshape(-1).cpu()]
-    flat = g.reshape(g.shape[0], -1)
-    rows = torch.maximum(flat.amax(1), -flat.amin(1))
-    some = torch.nonzero(rows).flatten()
-    if len(some) < len(rows) // 2:  # of a table, few rows were looked up
-        g = g.index_select(0, some)
-    return [rows.cpu()] + [
-        g.abs().amax([a for a in range(g.ndim) if a != axis]).cpu()
-        if g.numel()
-        else torch.zeros(g.shape[axis], dtype=g.dtype)
-        for axis in range(1, g.ndim)
-    ]
 
 
 def _projection(tape: Tape, outputs: list[int], known: Mapping[int, Tensor], returned: list[Tensor]) -> Tensor | None:

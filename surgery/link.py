@@ -37,7 +37,7 @@ def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
     for several in names.values():
         t = live[several[0]].detach()
         namesake = next((n for n in several if n in source and source[n].shape == tuple(t.shape)), None)
-        if namesake is not None and _equal(_read(source, namesake), t):
+        if namesake is not None and _holds(source, namesake, t):
             found.update(dict.fromkeys(several, Name(namesake)))
         else:
             rest.append(several)
@@ -50,10 +50,11 @@ def link(reference: nn.Module, source: Checkpoint) -> dict[str, Expr]:
     return {n: found[n] for n in live if n in found}
 
 
-def _read(source: Checkpoint, name: str) -> Tensor:
-    """Read past the map: of a file that is compared as a whole, no page need stay."""
+def _holds(source: Checkpoint, name: str, t: Tensor) -> bool:
+    """Is this tensor of the checkpoint t, once t is cast to its type? Read past the map where that can be: of a file
+    that is compared as a whole, no page need stay."""
     span = source.span(name)
-    return source.read(name) if span is None else span.load(source[name])
+    return _equal(source.read(name), t) if span is None or t.is_meta else span.equals(source[name], t)
 
 
 def held(reference: nn.Module, source: Checkpoint, links: Mapping[str, Expr]) -> dict[str, Tensor]:

@@ -100,6 +100,9 @@ def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return len(part)
 
 
+CHUNK = 1 << 21  # bytes that are compared at once: they stay in the processor's cache
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """A tensor's bytes, row-major and little endian, in one piece of a local file."""
@@ -147,6 +150,25 @@ class Span:
         buffer = bytearray(self.nbytes)
         self.file.read_into(memoryview(buffer), self.offset)
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+    def equals(self, info: TensorInfo, other: Tensor) -> bool:
+        """Does another tensor hold the same bytes once it is cast to this type? Read past the map, in chunks."""
+        import torch
+
+        dtype, shape = dtypes.torch_dtype(info.dtype), dtypes.torch_shape(info.dtype, info.shape)
+        if tuple(other.shape) != tuple(shape):
+            return False
+        flat = other.detach().reshape(-1)
+        buffer = bytearray(min(self.nbytes, CHUNK))
+        for at in range(0, self.nbytes, CHUNK):
+            size = min(CHUNK, self.nbytes - at)
+            if size < len(buffer):
+                buffer = bytearray(size)
+            self.file.read_into(memoryview(buffer), self.offset + at)
+            part = flat[at // dtype.itemsize : (at + size) // dtype.itemsize].to(device="cpu", dtype=dtype)
+            if buffer != part.contiguous().view(torch.uint8).numpy():  # a bytearray compares bytes, in one go
+                return False
+        return True
 
 
 class Reader(ABC):

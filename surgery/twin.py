@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -86,14 +88,79 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
         return lift(func(table, *args[1:], **kwargs))
     if func in TURNS and isinstance(args[0], Lifted):
         return Lifted(func(args[0].stored.detach(), *args[1:], **kwargs))
+    if func is torch.ops.aten.mm.default and args[1].numel() > SCRATCH and (w := _low(args[1])) is not None:
+        return _mm_in_parts(lift(args[0]), w)
+    if func in PRODUCTS:
+        return func(*_raised(args), **{k: mapped(lift, v) for k, v in kwargs.items()})
     return func(*mapped(lift, args), **{k: mapped(lift, v) for k, v in kwargs.items()})
+
+
+class _Scratch(threading.local):
+    buffer: Tensor | None = None
+
+
+_scratch = _Scratch()
+SCRATCH = 1 << 23  # elements at most
+
+
+def scratch(n: int) -> Tensor | None:
+    """float64 memory of n elements that was used before, until it is asked for again; None where that would be much.
+
+    Of fresh memory, the first touch of its pages costs more than most arithmetic on it.
+    """
+    if n > SCRATCH:
+        return None
+    if _scratch.buffer is None or _scratch.buffer.numel() < n:
+        _scratch.buffer = torch.empty(n, dtype=torch.float64)
+    return _scratch.buffer[:n]
+
+
+def _low(x: Any) -> Tensor | None:
+    """What an operand of lower precision is stored as."""
+    if isinstance(x, Lifted):
+        return x.stored.detach()
+    return x.detach() if isinstance(x, Tensor) and x.dtype in LOW else None
+
+
+def _raised(args: Any) -> list[Any]:
+    """The operands of a product, lifted: the largest into memory that the next product uses again."""
+    low = [_low(x) for x in args]
+    at = max(range(len(low)), key=lambda i: 0 if (t := low[i]) is None else t.numel())
+    stored = low[at]
+    n = 0 if stored is None else stored.numel()
+    if stored is None or not 0 < n <= SCRATCH or stored.device.type != "cpu":
+        return [mapped(lift, x) for x in args]
+    flat = scratch(n)
+    assert flat is not None
+    strides = stored.stride()
+    order = sorted(range(stored.ndim), key=lambda a: -strides[a])  # as it lies in memory
+    back = sorted(range(stored.ndim), key=order.__getitem__)
+    wide = flat.view([stored.shape[a] for a in order]).permute(back).copy_(stored)
+    return [wide if i == at else mapped(lift, x) for i, x in enumerate(args)]
 
 
 LOOKUPS = frozenset(
     {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 )
+# What they give shares no memory with what goes in.
+PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default, torch.ops.aten.convolution.default,
+    }
+)  # fmt: skip
 # A matrix turned for a product stays in the type that it is stored in: autograd keeps it.
 TURNS = frozenset({torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default})
+
+
+def _mm_in_parts(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w for a w so large (the vocabulary's) that it is raised some columns at a time."""
+    out = x.new_empty(x.shape[0], w.shape[1])
+    step = max(1, SCRATCH // max(1, w.shape[0]))
+    for at in range(0, w.shape[1], step):
+        part = w[:, at : at + step]
+        out[:, at : at + step] = torch.mm(*_raised((x, part)))
+    return out
 
 
 class LiftCasts(TorchDispatchMode):
@@ -153,14 +220,25 @@ def lifted_tensor(t: Tensor, *, written: bool) -> Tensor:
     return Lifted(t.detach()) if t.dtype in LOW else t.detach()
 
 
-def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The float64 twin of `module`; `values` (by state-dict name, any float dtype) stand in for its own tensors."""
+def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None, *, written: bool = True) -> nn.Module:
+    """The float64 twin of `module`; `values` (by state-dict name, any float dtype) stand in for its own tensors.
+    `written`: buffers are copies, into which the program may write by any operator."""
     put: dict[int, Tensor] = {}
     if values:
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, v in values.items():
             put[id(own[name])] = v
-    return clone(module, lambda t: lifted_tensor(put.get(id(t), t), written=not isinstance(t, nn.Parameter)))
+    return clone(
+        module, lambda t: lifted_tensor(put.get(id(t), t), written=written and not isinstance(t, nn.Parameter))
+    )
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """glibc gives memory of more than 128 KiB back to the system when it is freed, until a larger piece was: from then
+    on pieces up to that size are used again. Activations of a run are of that size, and touching fresh pages costs more
+    than the arithmetic (malloc(3), M_MMAP_THRESHOLD)."""
+    torch.empty((1 << 25) - (1 << 12), dtype=torch.uint8)
 
 
 @contextlib.contextmanager
@@ -169,6 +247,7 @@ def math_only() -> Iterator[None]:
 
     Attention in its math form, no fused encoder fast path, no vendor RNN kernels.
     """
+    _keep_freed_memory()
     fast = torch.backends.mha.get_fastpath_enabled()
     dtype = torch.get_default_dtype()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -69,15 +69,24 @@ def find(
         weights = set(links) - inputs.theirs
         return record(probe.run_reference, mine, x, weights=weights, spare=True, tables=inputs.any)
 
-    def again(values: dict[str, Tensor], keep: int = 0) -> Tape:
+    def again(values: dict[str, Tensor], keep: int = 0, made_up: bool = False) -> Tape:
         sizes = None if keep else frozenset[int]()
-        mine, weights = twin.twin(target, exact | values), floats - inputs.mine
-        return record(probe.call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any)
+        mine, weights = twin.twin(target, exact | values, written=not made_up), floats - inputs.mine
+        return record(
+            probe.call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any, made_up=made_up
+        )
+
+    def blank() -> Tape:
+        """The target's operators. Values that it is asked for as it runs are looked at in the search."""
+        try:
+            return again({}, made_up=True)
+        except Exception:  # numbers that are made up may be such as the program refuses
+            return again({})
 
     seen = _ran("reference", lambda: refer({}))
     _check_links(probe.reference, seen, links)
     exact |= _computed(target, {n for n in floats if n not in maybe}, seen)
-    tape = _ran("target", lambda: again({}))
+    tape = _ran("target", blank)
 
     def searched(seen: Tape, tape: Tape) -> tuple[Hypothesis | None, Hypothesis]:
         reference, outputs = Reference(seen), seen.outputs()
@@ -106,10 +115,10 @@ def find(
             ran = _ran("target", lambda: again({}, keep=1 << 28))
             better |= _computed(probe.reference, set(links), ran)
         if better or mine:
-            tape = _ran("target", lambda: again({})) if mine else tape
+            tape = _ran("target", blank) if mine else tape
             won, best = searched(_ran("reference", lambda: refer(better)), tape)
     if won is None and (inputs := Tables.of((target, tape), (probe.reference, seen))).any:
-        won, _ = searched(_ran("reference", lambda: refer(better)), _ran("target", lambda: again({})))
+        won, _ = searched(_ran("reference", lambda: refer(better)), _ran("target", blank))
         if won is not None:
             won.constant |= {n: own[n].double() for n in inputs.mine}
             best = won

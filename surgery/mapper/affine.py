@@ -258,14 +258,15 @@ class Affine(Kinds, ABC):
                 k = self.known(x.vid)
                 if k is None:
                     raise NotAffine(x.vid)
-                return k if moves else twin.lift(k)
+                return k
             return x
 
         op = node.op
         if op in (aten.view.default, aten._unsafe_view.default):  # strides need not be the recorded run's
             op = aten.reshape.default
         kwargs = {k: v for k, v in node.kwargs.items() if k != "saw"}  # what Python read there is no argument
-        return op(*tree_map(put, node.args), **tree_map(put, kwargs))
+        args, kwargs = tree_map(put, node.args), tree_map(put, kwargs)
+        return op(*args, **kwargs) if moves else twin.call(op, args, kwargs)
 
     def _layout(self, node: Node, out: int, root: bool) -> list[Term]:
         name = base(node.op)

@@ -47,16 +47,21 @@ def align_products(
     """(element of the reference for each target element, columns of the target, columns of the reference, penalty)."""
     rt, ct, rr, cr = flat(t.row), flat(t.col), flat(r.row), flat(r.col)
     pt = rt > 0
+    whole = bool(pt.all())  # then there is nothing to leave out
+
+    def present(t: Tensor) -> Tensor:
+        return t if whole else t[pt]
+
     mapped = torch.full_like(rt, -1)
-    mapped[pt] = rows.rows[rt[pt] - 1] + 1
+    mapped[pt] = rows.rows[present(rt) - 1] + 1
     for order in orders(shape_t, shape_r):
-        if bool((mapped[pt] == rr[order][pt]).all()):
-            pair = function(ct[pt], cr[order][pt])
+        if bool((present(mapped) == present(rr[order])).all()):
+            pair = function(present(ct), present(cr[order]))
             if pair is not None and len(torch.unique(pair[1])) == len(pair[1]):
                 yield order, pair[0] - 1, pair[1] - 1, 0.0
                 return
     pr = rr > 0
-    seen_t, seen_r = _first_seen(ct[pt]), _first_seen(cr[pr])
+    seen_t, seen_r = _first_seen(present(ct)), _first_seen(cr[pr])
     size = max(int(rr.max()), int(mapped.max())) + 1
     table = torch.full((size, int(cr.max()) + 1), -1, dtype=torch.int64)
     table[rr[pr], cr[pr]] = torch.nonzero(pr).flatten()
@@ -75,7 +80,8 @@ def align_products(
         column = torch.zeros(int(ct.max()) + 1, dtype=torch.int64)
         column[seen_t] = chosen
         e = torch.full_like(rt, -1)
-        e[pt] = torch.where(mapped[pt] > 0, table[mapped[pt].clamp_min(0), column[ct[pt]]], -1)
+        to = present(mapped)
+        e[pt] = torch.where(to > 0, table[to.clamp_min(0), column[present(ct)]], -1)
         if bool((e[pt & (mapped > 0)] >= 0).all()):
             yield e, seen_t - 1, chosen - 1, penalty
 

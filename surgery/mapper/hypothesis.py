@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Choice:
 
 FORKED = (
     "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints",
-    "tables",
+    "tables", "passed",
 )  # fmt: skip
 SHELVED = 1 << 20  # elements of activations that a hypothesis put aside may hold
 HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
@@ -64,10 +65,13 @@ class Hypothesis(Affine):
         self.misses = 0
         self.swapped = False
         self.spreads = False  # has a scale of the reference been folded into a weight?
+        self.passed: dict[int, int] = {}  # values of which so many ways to settle them were tried before
         self.spread_at = -1  # a value for which that is to be tried, on taking the hypothesis up again
         self.choices: list[Choice] = []
         self.template: dict[str, frozenset[str]] = {}  # a name without its numbers -> those that it came from before
-        self.recipes: dict[tuple[object, ...], Recipe] = {}  # how values were settled, for those of the next block
+        self.recipes: dict[
+            tuple[object, ...], tuple[Recipe, ...]
+        ] = {}  # how values were settled, for those of the next block
         self.searched: frozenset[int] = frozenset()  # values for which no recipe may be used
         self.on_shelf = False  # put aside without its activations
         self.gone: set[int] = set()  # activations that nothing needs any more
@@ -238,6 +242,8 @@ class Hypothesis(Affine):
     def _told(self, t: Term) -> Term:
         """A term whose weights are all settled is known. One that meets settled and open ones stays: they are settled
         together, and what is settled must agree."""
+        if t.kind == "known" and t.value is not None and t.value.dtype in twin.LOW:
+            return Term("known", t.coef, value=twin.lift(t.value), vid=t.vid)
         if t.kind not in ("weight", "scale") or t.ids is None or not self.bound:
             return t
         value, done = self._settled(compact(t.ids))
@@ -489,6 +495,13 @@ class Hypothesis(Affine):
         from surgery.mapper.invert import solve
 
         return solve(self, self.virtual[key], at, sources)
+
+    def keep_own(self, names: Iterable[str]) -> None:
+        """These tensors are constants of the target."""
+        for n in names:  # a large one stays in the type that it is stored in: mostly a slice of it is used
+            own = self.own[n]
+            self.constant[n] = own if own.numel() > HELD else own.to(torch.float64)
+            self.version += 1
 
     def mark(self) -> tuple[dict[str, Bound], int]:
         """What is settled now, to go back to."""

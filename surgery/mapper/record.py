@@ -90,13 +90,14 @@ def fingerprint(t: Tensor) -> Fingerprint | None:
         return None
     x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     x = x.reshape(-1)
-    a = x.abs()
-    top = float(a.max())
-    if not top < HUGE:  # masked, or not a number
-        x = torch.where(a < HUGE, x, 0.0)
-        a = x.abs()
-        top = float(a.max())
     low, high = torch.aminmax(x)
+    top = max(-float(low), float(high))
+    if not top < HUGE:  # masked, or not a number
+        x = torch.where(x.abs() < HUGE, x, 0.0)
+        low, high = torch.aminmax(x)
+        top = max(-float(low), float(high))
+    a = twin.scratch(x.numel()) if x.dtype == torch.float64 and x.device.type == "cpu" else None
+    a = x.abs() if a is None else torch.abs(x, out=a)
     s = torch.stack([a.sum(), torch.dot(x, x), x.sum(), torch.dot(x, a), high - low]).tolist()
     if not all(map(math.isfinite, s)) or s[0] == 0.0 or s[4] <= 1e-9 * top:
         return None
@@ -151,7 +152,9 @@ MOVES = frozenset(
 # Those of them that keep every element.
 PERMUTING = MOVES - {"expand", "select", "slice", "split", "split_with_sizes", "unbind"}
 MEETS = ("mm", "bmm", "convolution", "mul", "div")  # where weights may meet a known factor
-WINDOW = 96  # values after which it is seen what a value is for
+WINDOW = (24, 96)  # values after which it is seen what a value is for: at least, and at most
+ROOM = 1 << 25  # bytes that those between the two may hold
+MULTIPLIED = frozenset({aten.mm.default, aten.bmm.default})
 RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial", "exponential", "uniform", "poisson")
 # Operators whose result, or its shape, Python reads.
 SYNC = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default})
@@ -174,9 +177,15 @@ class Recorder(TorchDispatchMode):
     """Records on a Tape what runs inside; use `record()`."""
 
     def __init__(
-        self, keep: int, sizes: frozenset[int] | None = None, spare: bool = False, tables: bool = False
+        self,
+        keep: int,
+        sizes: frozenset[int] | None = None,
+        spare: bool = False,
+        tables: bool = False,
+        made_up: bool = False,
     ) -> None:
         super().__init__()
+        self.made_up = made_up
         self.tables = tables  # do constants that weights multiply count as inputs?
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
@@ -189,7 +198,8 @@ class Recorder(TorchDispatchMode):
         self.sizes = sizes
         self.spare = spare
         self.held: dict[int, list[int]] = {}  # values whose tensors share their memory with what the program holds
-        self.recent: deque[int] = deque()
+        self.recent: deque[tuple[int, int]] = deque()  # values that may be let go, and their bytes
+        self.room = ROOM
 
     # -- values -------------------------------------------------------------------------------------------------------
     def add(self, t: Tensor, value: Value, *, moved: bool = False, like: Value | None = None) -> int:
@@ -222,9 +232,12 @@ class Recorder(TorchDispatchMode):
         value.tensor = t.detach()
         self.held.setdefault(key, []).append(vid)
         if self.spare and t.is_floating_point() and value.origin == "node":
-            self.recent.append(vid)
-            if len(self.recent) > WINDOW:
-                self._let_go(self.recent.popleft())
+            self.recent.append((vid, t.numel() * t.element_size()))
+            self.room -= self.recent[-1][1]
+            while len(self.recent) > WINDOW[1] or (len(self.recent) > WINDOW[0] and self.room < 0):
+                first, size = self.recent.popleft()
+                self.room += size
+                self._let_go(first)
 
     def _let_go(self, vid: int) -> None:
         """Of a value that only its fingerprint speaks for, the tensor need not be held: it can be made again."""
@@ -326,10 +339,11 @@ class Recorder(TorchDispatchMode):
             return twin.lift(x) if isinstance(x, torch.dtype) else x
 
         rargs, rkwargs = twin.mapped(ref, args), {k: twin.mapped(ref, v) for k, v in kwargs.items()}
-        out = twin.call(op, args, kwargs)
-        index = len(self.tape.nodes)
         data = any(self.tape.values[v].data for v in refs)
         weights = any(self.tape.values[v].weights for v in refs)
+        made_up = self.made_up and data and weights and op in MULTIPLIED
+        out: Any = _made_up(*args) if made_up else twin.call(op, args, kwargs)
+        index = len(self.tape.nodes)
         outs = []
         name = _name(op)
         if self.tables and name in MEETS[:3] and weights and not all(self.tape.values[v].weights for v in refs):
@@ -455,6 +469,12 @@ def _name(op: Any) -> str:
     return found
 
 
+def _made_up(a: Tensor, b: Tensor) -> Tensor:
+    """In place of a product: numbers that are not one and the same, so that norms and maxima of them are ordinary."""
+    shape = (*a.shape[:-1], b.shape[-1])
+    return torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64, device=a.device).view(shape)
+
+
 def _is_view(op: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
 
@@ -516,6 +536,7 @@ def record(
     spare: bool = False,
     returned: list[Tensor] | None = None,
     tables: bool = False,
+    made_up: bool = False,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -524,9 +545,10 @@ def record(
     elements an activation must have to get a fingerprint and be held (any number); what a replay starts from is held
     anyway. `spare`: of activations that no sum of weights refers to, keep the fingerprint only.
     `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
-    gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data.
+    gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data. `made_up`:
+    of products of data and weights, give any numbers; for who wants the operators and not their values.
     """
-    rec = Recorder(keep, sizes, spare, tables)
+    rec = Recorder(keep, sizes, spare, tables, made_up)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers

@@ -41,12 +41,20 @@ class Derived:
     """Source values computed by a rule, numbered like source elements."""
 
     offset: int
-    size: int
+    shape: tuple[int, ...]
     fn: str
     params: dict[str, Any]
-    numbers: Tensor
-    shape: tuple[int, ...]
-    value: Tensor
+    numbers: Grid
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """In float64, made when it is first asked for."""
+        return self.make()
 
 
 @dataclass
@@ -272,6 +280,9 @@ class Reference(Affine):
         if (made := self.product_holder(numbers.lo, numbers.hi)) is not None:
             whole = math.prod((self.fetch(f).to(torch.float64) for f in made.factors), start=torch.ones(made.shape))
             return read(whole.to(torch.float64).reshape(-1), numbers.shifted(-made.offset))
+        made_by = next((d for d in self.derived if d.offset <= numbers.lo and numbers.hi < d.offset + d.size), None)
+        if made_by is not None:
+            return read(made_by.value.reshape(-1), numbers.shifted(-made_by.offset))
         if numbers.lo > 0 and (parted := cut(numbers, self.firsts)) is not None and len(parted[1]) > 1:
             axis, runs = parted
             return torch.cat([self.fetch(numbers.narrow(axis, start, n)) for start, n in runs], axis)
@@ -325,7 +336,12 @@ class Reference(Affine):
         if (first, by) not in self.multiples:
             held = self.holder(first)
             shape = self.tape.values[self.tape.params[held[2]]].shape if held is not None else (size,)
-            self.derive("scale", {"by": by}, torch.arange(first, first + size).reshape(shape))
+            numbers = Grid.whole(first, shape)
+
+            def value() -> Tensor:
+                return DERIVE["scale"](self.fetch(numbers).to(torch.float64), by=by)
+
+            self._add_derived(Derived(self.next, tuple(shape), "scale", {"by": by}, numbers, value))
             self.multiples[first, by] = self.derived[-1].offset
         return self.multiples[first, by]
 
@@ -360,7 +376,7 @@ class Reference(Affine):
             if p is not None:
                 number = int(p.at(torch.tensor([number - p.offset]))[0])
             elif d is not None:
-                number = int(d.numbers.reshape(-1)[number - d.offset])
+                number = int(d.numbers.flat()[number - d.offset])
             else:
                 return number
 
@@ -379,7 +395,10 @@ class Reference(Affine):
     def derive(self, fn: str, params: dict[str, Any], numbers: Tensor) -> Tensor:
         """Numbers for fn(these elements): source values that a target weight needs and no source tensor holds."""
         value = DERIVE[fn](self.values_of(numbers.to(torch.int64)), **params)
-        d = Derived(self.next, value.numel(), fn, params, numbers, tuple(value.shape), value)
+        d = Derived(self.next, tuple(value.shape), fn, params, Grid.of(numbers.to(torch.int64)), lambda: value)
+        self._add_derived(d)
+        return torch.arange(d.offset, d.offset + d.size).reshape(value.shape)
+
+    def _add_derived(self, d: Derived) -> None:
         self.derived.append(d)
         self.next += d.size
-        return torch.arange(d.offset, d.offset + d.size).reshape(value.shape)

@@ -226,7 +226,7 @@ class Renderer:
             factors = (self.block(f.dense()) for f in what.factors)
             return reduce(lambda a, b: call("mul", a, b), factors), what.shape, first
         assert isinstance(what, Derived)
-        inner = self.block(what.numbers.to(torch.int64))
+        inner = self.block(what.numbers.dense())
         if what.fn == "rsqrt_inverse":
             return call("reciprocal", call("square", inner)), what.shape, first
         return call(what.fn, inner, **what.params), what.shape, first

@@ -27,12 +27,21 @@ Where = tuple[str, Grid, float]  # elements of a tensor, by its name, times a co
 class Recipe:
     """How the open tensors of a value were settled: by name, so that it can be read with other numbers. `occurs`: what
     that computed was a value of the reference (not a multiple of one). `folds`: the weights took a constant that the
-    reference multiplies by later."""
+    reference multiplies by later. `constants`: those of the tensors that keep their own values."""
 
     names: tuple[str, ...]
     steps: tuple[tuple[Where, tuple[Where, ...]], ...]
     occurs: bool
     folds: bool = False
+    constants: tuple[str, ...] = ()
+
+
+MOST = 4  # recipes that look alike (first and second norm of a block) are kept side by side
+
+
+def noted(old: Sequence[Recipe], new: Recipe) -> tuple[Recipe, ...]:
+    """The recipes for one kind of value, the latest first."""
+    return (new, *old[: MOST - 1])
 
 
 def pattern(name: str) -> str:
@@ -78,24 +87,28 @@ def recipe(
         if target is None or any(s is None for s in sources):
             return None
         steps.append((target, tuple(s for s in sources if s is not None)))
-    return Recipe(tuple(names), tuple(steps), occurs, folds)
+    return Recipe(tuple(names), tuple(steps), occurs, folds, tuple(n for n in names if n in h.constant))
 
 
-def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[list[Assignment]]:
-    """The recipe for other open tensors of the same patterns: their numbers say by how much the source's move on."""
+def moved_on(r: Recipe, names: Sequence[str], h: Hypothesis) -> Iterator[tuple[list[Assignment], list[str]]]:
+    """The recipe for other open tensors of the same patterns, and which of these keep their own values: the numbers in
+    their names say by how much the source's move on."""
     put: dict[str, str] = {}
     steps: set[int] = set()
     for old, new in zip(r.names, names, strict=True):
         steps |= {b - a for a, b in zip(numbers(old), numbers(new), strict=True)} - {0}
         put[old] = new
-    if len(steps) != 1:
+    constants = [put[n] for n in r.constants]
+    if len(steps) != 1 or not all(n in h.maybe for n in constants):
         return
     (step,) = steps
+    if constants and not r.steps:
+        yield [], constants
     most = max((len(numbers(n)) for _, sources in r.steps for n, _, _ in sources), default=0)
     for place in range(most):
         made = _at(r, put, h, place, step)
         if made is not None:
-            yield made
+            yield made, constants
 
 
 def _at(r: Recipe, put: dict[str, str], h: Hypothesis, place: int, step: int) -> list[Assignment] | None:

@@ -24,10 +24,11 @@ from surgery.mapper.meeting import WIDTH, Found, Meeting, Prior, firsts, scaled
 from surgery.mapper.parts import Part, cut_up, seen_as
 from surgery.mapper.record import SYNC, Node, Tape
 from surgery.mapper.reference import Reference
-from surgery.mapper.repeat import moved_on, pattern, recipe
+from surgery.mapper.repeat import moved_on, noted, pattern, recipe
 from surgery.mapper.terms import Term
 from surgery.mapper.unify import Assignment, Match
 
+FIRST = 6  # ways to settle one value that are looked at before the others, where one of them is borne out
 TRIES = 96  # hypotheses taken up again after all others failed
 aten = torch.ops.aten
 
@@ -279,16 +280,27 @@ class Search:
         return fresh or again
 
     def _settle_whole(self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]) -> list[Hypothesis]:
-        found = self._candidates(h, vid)
-        taken = self._taken(h, vid, found)
+        start = h.passed.get(vid, 0)
+        found = self._candidates(h, vid)[start:]
+        ways = len(found) + start
+        found, others = (found[:FIRST], found[FIRST:]) if len(found) > FIRST + 1 else (found, [])
+        if others:
+            later = h.fork()
+            later.passed[vid] = start + FIRST
+        taken = self._taken(h, vid, found, ways)
+        if others and any(g.last[0] is True for g, _ in taken):
+            self.reserve.append((0, later))
+        elif others:
+            taken += self._taken(h, vid, others, ways)
+            found += others
         for g, match in taken:
             made = recipe(g, names, match.assignments, occurs=bool(g.last[0]), folds=match.folds >= 0)
             if made is not None:
-                g.recipes[key] = made
+                g.recipes[key] = noted(g.recipes.get(key, ()), made)
         plain = any(g.last[0] is not False and not m.zeros and not m.missing for g, m in taken)
         if self.meeting.spread.folding and (not plain or h.spreads or h.spread_at == vid):
             # are scales of the reference folded into these weights?
-            spread = self._taken(h, vid, self.meeting.spread_over(h, vid))
+            spread = self._taken(h, vid, over := self.meeting.spread_over(h, vid), len(over))
             for g, _ in spread:
                 g.spreads = True
             taken = spread if h.spread_at == vid else taken + spread
@@ -329,9 +341,10 @@ class Search:
     def _as_before(self, h: Hypothesis, vid: int, key: tuple[object, ...], names: list[str]) -> Hypothesis | None:
         """Settled as the same value of an earlier block was, where what that computes occurs in the reference as well
         as it did there."""
-        made = h.recipes[key]
-        for assignments in moved_on(made, names, h):
+        tried = ((made, *found) for made in h.recipes[key] for found in moved_on(made, names, h))
+        for made, assignments, constants in tried:
             g = h.fork()
+            g.keep_own(constants)
             if not g.settle(assignments):
                 continue
             g = self._rest_as_before(g, names)
@@ -343,7 +356,8 @@ class Search:
             self._remember(g, match, 1, -1)
             if made.folds:
                 g.folded.add(vid)
-            g.recipes[key] = recipe(g, names, assignments, occurs=made.occurs, folds=made.folds) or made
+            new = recipe(g, names, assignments, occurs=made.occurs, folds=made.folds)
+            g.recipes[key] = noted(g.recipes[key], new or made)
             g.last = [True if look else None]
             return g
         return None
@@ -352,13 +366,12 @@ class Search:
         """What else of the same tensors an earlier block settled after this (keys after queries), settled along with
         it: then the whole is computed at once. Whether it is right shows where it is used."""
         patterns = tuple(pattern(n) for n in names)
-        while any(n not in g.bound or not g.bound[n].full for n in names):
+        while any(n not in g.constant and (n not in g.bound or not g.bound[n].full) for n in names):
             settled = tuple(g.bound[n].covered if n in g.bound else 0 for n in names)
-            made = next((r for k, r in g.recipes.items() if k[2:] == (patterns, settled)), None)
-            if made is None:
-                return g
-            for assignments in moved_on(made, names, g):
+            made = [r for k, several in g.recipes.items() if k[2:] == (patterns, settled) for r in several]
+            for assignments, constants in (found for r in made for found in moved_on(r, names, g)):
                 other = g.fork()
+                other.keep_own(constants)
                 if other.settle(assignments):
                     other.score += 1.0
                     self._remember(other, Match(assignments), 1, -1)
@@ -368,15 +381,16 @@ class Search:
                 return g
         return g
 
-    def _taken(self, h: Hypothesis, vid: int, found: list[Found]) -> list[tuple[Hypothesis, Match]]:
-        """A hypothesis for each of these matches that makes the value known, and whether it occurs in the reference."""
+    def _taken(self, h: Hypothesis, vid: int, found: list[Found], of: int) -> list[tuple[Hypothesis, Match]]:
+        """A hypothesis for each of these matches (of so many) that makes the value known, and whether it occurs in the
+        reference."""
         out = []
         for match, score, node in found:
-            g = h.fork() if len(found) > 1 or self.meeting.spread.folding else h  # else nothing is tried after it
+            g = h.fork() if of > 1 or self.meeting.spread.folding else h  # else nothing is tried after it
             if g.settle(match.assignments) and g.known(vid) is not None:
                 g.swapped |= match.swapped
                 g.score += score
-                self._remember(g, match, len(found), node)
+                self._remember(g, match, of, node)
                 if match.folds >= 0:
                     g.folded.add(vid)
                 g.last = [g.look(vid) if vid not in g.folded else None]
@@ -419,9 +433,7 @@ class Search:
         names -= {n for n in names if n in h.constant or (n in h.bound and h.bound[n].full)}
         if not names or not names <= h.maybe:
             return False
-        for n in names:
-            h.constant[n] = h.own[n].to(torch.float64)
-        h.version += 1
+        h.keep_own(names)
         return h.known(vid) is not None
 
     def _module(self, h: Hypothesis, vid: int) -> str:
@@ -442,9 +454,7 @@ class Search:
             if not full and any(not m.zeros and not m.missing for m, _, _ in self.meeting.spread_over(h, vid)):
                 return []  # see _settle
             if not full:  # a buffer that nothing in the source stands for is a constant of the target
-                for n in maybe:
-                    h.constant[n] = h.own[n].to(torch.float64)
-                h.version += 1
+                h.keep_own(maybe)
                 if h.known(vid) is not None:
                     return [(Match([]), 0.0, -1)]
                 return self.meeting.unified(h, h.terms(vid), shape, vid)

@@ -409,10 +409,9 @@ def _looked_up(target: list[Term], source: list[Term]) -> Tensor | None:
     mine, theirs = flat(t[0].place), flat(r[0].place)
     if not len(mine) or not len(theirs):
         return None
-    first = torch.full((int(max(mine.max(), theirs.max())) + 1,), -1, dtype=torch.int64)
-    first[theirs] = torch.arange(len(theirs))
-    first[0] = -1
-    e = first[mine]
+    keys, order = torch.sort(theirs, stable=True)
+    at = (torch.searchsorted(keys, mine, right=True) - 1).clamp_min(0)
+    e = torch.where((keys[at] == mine) & (mine > 0), order[at], -1)
     return e if bool(((e >= 0) | (mine == 0)).all()) else None
 
 
