@@ -47,19 +47,22 @@ def bin_dir(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripts
 
 
+PACKAGES = {"zoo", "surgery", "zoo_audio", "zoo_clip", "zoo_text", "zoo_timeseries", "zoo_vision"}
+
+
 def test_what_is_in_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         (scripts,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
         described, entry_points = archive.read(metadata).decode(), archive.read(scripts).decode()
-    assert {name.split("/")[0] for name in names} - {metadata.split("/")[0]} == {"zoo", "surgery", "zoo_text"}
-    for package in ("zoo", "surgery", "zoo_text"):
+    assert {name.split("/")[0] for name in names} - {metadata.split("/")[0]} == PACKAGES
+    for package in PACKAGES:
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in described
     assert "[console_scripts]\nzoo = " in entry_points
-    assert "[zoo]\ntext = zoo_text" in entry_points
+    assert "text = zoo_text\n" in entry_points
 
 
 def test_it_is_what_gets_imported(bin_dir: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from zoo.api import find as find
     from zoo.api import open as open
     from zoo.api import pull as pull
+    from zoo.building import fill as fill
+    from zoo.building import unfilled as unfilled
     from zoo.entry import Entry as Entry
     from zoo.entry import Part as Part
     from zoo.entry import PartProbe as PartProbe
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from zoo.hooks import HOOK_API as HOOK_API
     from zoo.hooks import hookimpl as hookimpl
     from zoo.host import Host as Host
+    from zoo.loaded import Loaded as Loaded
+    from zoo.loaded import load as load
 
 # Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
 _HOMES = {
@@ -33,17 +37,21 @@ _HOMES = {
     "Format": "surgery",
     "HOOK_API": "zoo.hooks",
     "Host": "zoo.host",
+    "Loaded": "zoo.loaded",
     "Part": "zoo.entry",
     "PartProbe": "zoo.entry",
     "Recognition": "zoo.entry",
     "Source": "zoo.entry",
     "ZooError": "zoo.errors",
     "entries": "zoo.api",
+    "fill": "zoo.building",
     "find": "zoo.api",
     "graft": "zoo.grafting",
     "hookimpl": "zoo.hooks",
+    "load": "zoo.loaded",
     "open": "zoo.api",
     "pull": "zoo.api",
+    "unfilled": "zoo.building",
 }
 
 __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want it spelled out
@@ -51,6 +59,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "Format",
     "HOOK_API",
     "Host",
+    "Loaded",
     "Part",
     "PartProbe",
     "Recognition",
@@ -58,11 +67,14 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "ZooError",
     "__version__",
     "entries",
+    "fill",
     "find",
     "graft",
     "hookimpl",
+    "load",
     "open",
     "pull",
+    "unfilled",
 ]
 
 

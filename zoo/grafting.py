@@ -33,7 +33,8 @@ class Source:
     """A reference to weights, resolved: the tensors that were asked for, and what is known of running them."""
 
     located: Located
-    checkpoint: surgery.Checkpoint
+    whole: surgery.Checkpoint
+    checkpoint: surgery.Checkpoint  # the part of it that was asked for
     config: Mapping[str, Any]
     entry: Entry | None  # None where the checkpoint was not recognised
     part: Part | None
@@ -58,7 +59,7 @@ class Source:
             return None
         assert self.entry is not None  # whoever names a probe
         with needs(self.entry.requires):
-            made = _imported(self.probe)(self.checkpoint, self.config)
+            made = imported(self.probe)(self.checkpoint, self.config)
         if not isinstance(made, PartProbe):
             raise ZooError(f"{self.probe} gave a {type(made).__name__}, and not a zoo.PartProbe", kind="plugin")
         return made
@@ -108,7 +109,7 @@ def resolve(
     checkpoint = whole
     if located.pick.reference.part is not None:
         checkpoint = whole.view(of.part_tensors(located.pick, config, whole))
-    return Source(located, checkpoint, config, entry, wanted)
+    return Source(located, whole, checkpoint, config, entry, wanted)
 
 
 def _recognised(
@@ -146,7 +147,7 @@ def _weights(located: Located) -> list[Path]:
     return [located.weights, *(located.weights.parent / name for name in shards_of(located.weights))]
 
 
-def _imported(text: str) -> Callable[..., Any]:
+def imported(text: str) -> Callable[..., Any]:
     """What an import string names. A module that is missing is told from one that lacks the name."""
     module, _, name = text.partition(":")
     found = getattr(import_module(module), name, None)

@@ -1,18 +1,16 @@
 """How a text model of transformers is run as a reference: built from its configuration, filled tensor by tensor, fed.
 
-Nothing is loaded by transformers itself. Each parameter of the module takes the tensor of its name from the checkpoint,
-under the two conversions that transformers makes on load as well (gamma and beta; the prefix of the body), and every
-tensor of the checkpoint has to be used or known to be a buffer. What runs is then what the file holds, and no more.
+Nothing is loaded by transformers itself (see zoo.fill). Names are the checkpoint's, under the two conversions that
+transformers makes on load as well: gamma and beta; the prefix of the body.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import zoo
 
@@ -25,17 +23,6 @@ BATCH, LENGTH, PADDED_TO = 2, 12, 7
 
 # LayerNorm's weight and bias as checkpoints of the first TensorFlow releases have them.
 _OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-_FILLS = {nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_}
-_FILLS |= {Tensor.normal_, Tensor.uniform_}
-
-
-class _Unfilled(TorchFunctionMode):
-    """Modules are made without drawing random weights, which the checkpoint's are to replace; buffers are made."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def configured(kind: type[PretrainedConfig], config: Mapping[str, Any]) -> PretrainedConfig:
@@ -52,73 +39,11 @@ def configured(kind: type[PretrainedConfig], config: Mapping[str, Any]) -> Pretr
 
 
 def made(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module as `build` makes it, in eval mode and without random weights."""
-    with torch.random.fork_rng(devices=[]), _Unfilled():
-        return build().eval()
+    return zoo.unfilled(build)
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = str) -> None:
-    """Give each tensor of the module the one of its name; `at` turns a name of the module into the checkpoint's.
-
-    A tensor that one side has no account of is an error. Tied names may be missing: the file has such a tensor once.
-    """
-    own = module.state_dict()
-    ties: Mapping[str, str] = getattr(module, "_tied_weights_keys", None) or {}
-    spelled = {name: _spelled(at(name), checkpoint) for name in own}
-    missing = [name for name, found in spelled.items() if found is None and spelled.get(ties.get(name, "")) is None]
-    if missing:
-        raise zoo.ZooError(
-            f"{checkpoint.source} lacks {_few(at(name) for name in missing)}, which {type(module).__name__} has",
-            kind="weights",
-            hint="graft another part, or with --static, which runs nothing",
-        )
-    _account_for_the_rest(module, checkpoint, {found for found in spelled.values() if found is not None})
-    tensors = {}
-    for name in own:
-        found = spelled[name] or spelled[ties[name]]
-        assert found is not None  # else it would have been missing
-        tensors[name] = checkpoint.read(found)
-        if tensors[name].shape != own[name].shape:
-            shapes = f"{list(tensors[name].shape)}, and by config.json it is {list(own[name].shape)}"
-            raise zoo.ZooError(f"{checkpoint.source}: {found} has shape {shapes}", kind="weights")
-    module.load_state_dict(tensors, assign=True)
-    for name, tied_to in ties.items():
-        if name in own and spelled[name] is None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, module.get_parameter(tied_to))
-    module.requires_grad_(False)
-
-
-def _spelled(name: str, checkpoint: Checkpoint) -> str | None:
-    if name in checkpoint:
-        return name
-    for new, old in _OLD.items():
-        if name.endswith(new) and name.removesuffix(new) + old in checkpoint:
-            return name.removesuffix(new) + old
-    return None
-
-
-def _account_for_the_rest(module: nn.Module, checkpoint: Checkpoint, used: set[str]) -> None:
-    """A tensor that the module has no use for means another model, unless it is a buffer that older releases saved."""
-    buffers = {name.rpartition(".")[2]: value for name, value in module.named_buffers()}
-    strange = []
-    for name in checkpoint:
-        if name in used:
-            continue
-        known = buffers.get(name.rpartition(".")[2])
-        if known is None or not torch.equal(checkpoint.read(name).reshape(-1), known.reshape(-1)):
-            strange.append(name)
-    if strange:
-        raise zoo.ZooError(
-            f"{checkpoint.source} holds {_few(strange)}, for which {type(module).__name__} has no place",
-            kind="weights",
-            hint="graft another part, or with --static, which runs nothing",
-        )
-
-
-def _few(names: Iterable[str]) -> str:
-    every = list(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+    zoo.fill(module, checkpoint, at, spellings=_OLD)
 
 
 # ---------------------------------------------------------------------------------------------------- inputs
