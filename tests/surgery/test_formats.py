@@ -596,3 +596,31 @@ def test_ops_are_registered_where_ops_are_kept() -> None:
 def test_formats_import_neither_torch_nor_numpy() -> None:
     script = "import sys, surgery.formats; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_tensor_compared_with_a_file_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.reader.CHUNK", 16)
+    held = {
+        "a": torch.randn(5, 7),
+        "b": torch.randn(9).to(torch.bfloat16),
+        "c": torch.arange(3),
+        "d": torch.empty(0, 4),
+    }
+    save_file(held, tmp_path / "a.safetensors")
+    opened = checkpoint.open(tmp_path / "a.safetensors")
+    for name, t in held.items():
+        span = opened.span(name)
+        assert span is not None
+        assert span.equals(opened[name], t)
+        assert not span.equals(opened[name], t.reshape(1, *t.shape))
+        if t.numel():
+            other = t.clone()
+            other.reshape(-1)[-1] += 1
+            assert not span.equals(opened[name], other)
+    span = opened.span("b")
+    assert span is not None
+    assert span.equals(opened["b"], held["b"].float())  # once it is cast to the file's type
+    turned = held["a"].t().contiguous().t()
+    span = opened.span("a")
+    assert span is not None
+    assert span.equals(opened["a"], turned)

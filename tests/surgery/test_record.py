@@ -495,3 +495,33 @@ def test_masked_scores_are_alike_however_they_are_masked() -> None:
     prints = [fingerprint(scores.masked_fill(hidden, m)) for m in (float("-inf"), -1e9, torch.finfo(torch.float64).min)]
     assert prints[0] is not None
     assert all(p is not None and same(prints[0], p) for p in prints)
+
+
+class Buffered(nn.Module):
+    """Counts its calls in a buffer, writes into a view of another, and has products of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix = nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        y = self.attend(x, x, x, need_weights=False)[0]
+        return self.mix(y) + self.seen
+
+
+def test_operators_without_their_products() -> None:
+    """Made-up products leave the same operators and shapes as real ones, and the module's buffers alone."""
+    torch.manual_seed(0)
+    module, x = Buffered().eval(), torch.randn(2, 5, 8)
+    real = tape_of(module, x)
+    rest = record(call, twin.twin(module, written=False), x, keep=0, made_up=True)
+    assert [(n.op, n.outs, n.inputs) for n in rest.nodes] == [(n.op, n.outs, n.inputs) for n in real.nodes]
+    assert [v.shape for v in rest.values] == [v.shape for v in real.values]
+    assert [v.dtype for v in rest.values] == [v.dtype for v in real.values]
+    assert float(module.seen) == 0
+    out = rest.values[rest.outputs()[0]]
+    assert out.shape == (2, 5, 8)

@@ -245,7 +245,9 @@ def test_a_recipe_moves_on() -> None:
     assert made.names == ("blocks.0.w1",)
     assert (made.occurs, made.folds) == (True, False)
     for i in (1, 2, 3):
-        (((a,),)) = list(moved_on(made, [f"blocks.{i}.w1"], h))
+        ((assignments, constants),) = list(moved_on(made, [f"blocks.{i}.w1"], h))
+        (a,) = assignments
+        assert constants == []
         assert a.target.same(param(h, f"blocks.{i}.w1"))
         assert a.sources[0].same(param(h.reference, f"layers.{i}.up.weight").transpose(0, 1))
         assert h.settle([a])
@@ -260,6 +262,59 @@ def test_a_recipe_that_leads_nowhere() -> None:
     assert list(moved_on(made, ["blocks.0.w1"], h)) == []  # not on
     assert list(moved_on(made, ["blocks.3.w1"], h)) == []  # no such block there
     assert list(moved_on(made, ["blocks.1.w2"], h)) == []  # of another shape
+
+
+class Windowed(nn.Module):
+    """Two norms a block whose names differ by a number, and a mask of each block's own that no source holds."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Module() for _ in range(depth))
+        for block in self.blocks:
+            block.norm_1, block.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            block.lin = nn.Linear(WIDTH, WIDTH)
+            block.register_buffer("window", torch.tril(torch.ones(6, 6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = block.norm_1(x)
+            scores = (y @ y.transpose(-1, -2)) * block.window - 1e4 * (1 - block.window)
+            x = x + block.lin(scores.softmax(-1) @ y)
+            x = x + block.norm_2(x).tanh()
+        return x
+
+
+class Masked(nn.Module):
+    """The same with other names, and a mask that is made as it runs."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)]) for _ in range(depth))
+        self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.tril(torch.ones(x.shape[1], x.shape[1])).bool()
+        for (first, second), mix in zip(self.layers, self.mix, strict=True):
+            y = first(x)
+            scores = (y @ y.transpose(-1, -2)).masked_fill(~seen, -1e4)
+            x = x + mix(scores.softmax(-1) @ y)
+            x = x + second(x).tanh()
+        return x
+
+
+def test_recipes_of_one_kind_are_kept_side_by_side(searched: list[int]) -> None:
+    """Neither the second norm's recipe nor a constant's makes the next block a search."""
+    inputs = [torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    counts = []
+    for depth in (3, 6):
+        searched.clear()
+        theirs, own = shaken(Masked(depth)), Windowed(depth)
+        probe = surgery.Probe(theirs, call, call, inputs)
+        plan = surgery.plan(surgery.open(theirs.state_dict()), own, probe=probe)
+        proof = surgery.verify(surgery.open(theirs.state_dict()), own, plan, probe=probe)
+        assert str(proof.verdict) == "proven", proof.message
+        counts.append(len(searched))
+    assert counts[0] == counts[1]
 
 
 def test_tensors_that_move_on_by_different_steps() -> None:

@@ -98,3 +98,33 @@ def test_the_exact_gelu_of_the_encoder_layer() -> None:
     with torch.no_grad():
         assert float((slow(x) - got).abs().max()) < 1e-5
     assert math.isfinite(float(got.sum()))
+
+
+def test_a_product_with_a_matrix_that_is_raised_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "SCRATCH", 40)
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = nn.Linear(9, 23, bias=False).to(dtype)
+        x = torch.randn(4, 9)
+        got = twin.run(lambda m, x: m(x), twin.twin(linear), x)
+        torch.testing.assert_close(got, x.double() @ linear.weight.detach().double().t())
+
+
+def test_memory_that_is_used_again_holds_no_result() -> None:
+    """Two products one after the other: the second's weights go where the first's were."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 5), nn.Conv1d(2, 4, 3))
+    kept: list[Tensor] = []
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        for layer in module:
+            x = layer(x)
+            kept.append(x)
+        return x
+
+    x = torch.randn(2, 2, 5)
+    twin.run(run, twin.twin(net), x)
+    expected = x.double()
+    for layer, got in zip(net.double(), kept, strict=True):
+        expected = layer(expected)
+        torch.testing.assert_close(got, expected.detach())
