@@ -1,4 +1,7 @@
-"""Text models for the zoo: the BERT family. An ordinary plugin: it uses what any plugin may use, and no more."""
+"""Text models for the zoo: the BERT family, T5 and GPT-2.
+
+An ordinary plugin: it uses what any plugin may use, and no more.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,19 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import zoo
-from zoo_text import bert, distilbert, roberta
+from zoo_text import bert, distilbert, gpt2, roberta, t5
 
 if TYPE_CHECKING:
     from surgery import TensorInfo
 
 ZOO_API = 1
 
-_FAMILIES = (bert, roberta, distilbert)
+_FAMILIES = (bert, roberta, distilbert, t5, gpt2)
 
 
 @zoo.hookimpl
 def zoo_entries() -> Iterable[zoo.Entry]:
-    return [entry for family in _FAMILIES for entry in family.ENTRIES]
+    return [entry for family in _FAMILIES for entry in family.ENTRIES] + list(gpt2.CLOSED)
 
 
 @zoo.hookimpl

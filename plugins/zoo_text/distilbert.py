@@ -54,6 +54,7 @@ ENTRIES = (
         licence="apache-2.0",
         layouts=LAYOUTS,
         requires="text",
+        load="zoo_text.loading:distilbert",
         probe="zoo_text.distilbert:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,

@@ -60,6 +60,7 @@ ENTRIES = (
         licence="mit",
         layouts=LAYOUTS,
         requires="text",
+        load="zoo_text.loading:roberta",
         probe="zoo_text.roberta:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,
