@@ -1,6 +1,6 @@
 """A writer with a score of its own: GPT-2's decoder in another spelling, and a head that says how toxic a text is.
 
-    zoo graft gpt2-decoder examples/my_gpt2.py
+zoo graft gpt2-decoder examples/my_gpt2.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A tagger: RoBERTa's encoder in torch's own layers, and a head that gives each token a label.
 
-    zoo graft roberta-encoder examples/my_roberta.py
+zoo graft roberta-encoder examples/my_roberta.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A headline writer: T5 of the first version in another spelling, with a head of its own beside the table of words.
 
-    zoo graft t5 examples/my_t5.py
+zoo graft t5 examples/my_t5.py
 """
 
 from __future__ import annotations

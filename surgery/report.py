@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,42 @@ def _root(plan: Plan, row: Row) -> Row:
     return row
 
 
+def _by_depth(
+    model: nn.Module, parameters: list[nn.Parameter], lr: float, decay: float
+) -> list[tuple[str, list[nn.Parameter], float]]:
+    """(name, parameters, learning rate) for each depth of the stacks of repeated blocks."""
+    if not 0 < decay <= 1:
+        raise SurgeryError(f"layer_decay is {decay}, and it must be above 0 and at most 1")
+    mine = set(parameters)
+    named = [(name, p) for name, p in model.named_parameters() if p in mine]
+    stacks: dict[str, set[int]] = {}  # the path of a list of blocks: the numbers in it
+    for name, _ in named:
+        for found in re.finditer(r"(?:^|\.)(\d+)\.", name):
+            stacks.setdefault(name[: found.start(1)], set()).add(int(found.group(1)))
+    # Of lists inside one another, the outer one counts; a list of a few unlike modules is no stack, but counts as one.
+    outer = {s for s, numbers in stacks.items() if len(numbers) > 1}
+    outer = {s for s in outer if not any(o != s and s.startswith(o) for o in outer)}
+    if not outer:
+        raise SurgeryError(
+            "layer_decay needs repeated blocks, and the names of the pretrained parameters show none",
+            hint="Leave layer_decay out, or give the blocks of the model a list of their own (nn.ModuleList).",
+        )
+    depth: dict[int, list[nn.Parameter]] = {}
+    seen: set[str] = set()
+    for name, parameter in named:
+        stack = next((s for s in outer if name.startswith(s)), None)
+        if stack is not None:
+            seen.add(stack)
+            steps = max(stacks[stack]) - int(name[len(stack) :].split(".")[0])
+        else:  # what is registered before the first stack is below it
+            steps = max(max(stacks[s]) for s in outer) + 1 if not seen else 0
+        depth.setdefault(steps, []).append(parameter)
+    return [
+        (f"pretrained, {steps} below the output" if steps else "pretrained", found, lr * decay**steps)
+        for steps, found in sorted(depth.items(), reverse=True)
+    ]
+
+
 def _another_model(message: str, name: str, known: set[str]) -> SurgeryError:
     return SurgeryError(
         f"{message}{did_you_mean(name, known)}",
@@ -132,6 +169,7 @@ class Report:
         lr: float,
         new_lr: float | None = None,
         decay: float | None = None,
+        layer_decay: float | None = None,
         freeze: bool = False,
     ) -> list[dict[str, Any]]:
         """Groups for a torch optimizer, pretrained and new parameters apart; each says which it is under "name".
@@ -140,6 +178,11 @@ class Report:
         and counts as pretrained where any of its names is. `decay` is the weight decay of parameters with two axes or
         more; biases and norms then get none; left out, the optimizer's own default holds. `freeze` turns gradients
         of the pretrained parameters off and leaves these out. Groups without parameters are left out.
+
+        `layer_decay` (0 < d <= 1) makes the learning rate of pretrained parameters smaller the farther they are from
+        the output: in a stack of L repeated blocks, block i (from 0) learns with lr * d ** (L - 1 - i), what is
+        registered before the stack with lr * d ** L, and what comes after it with lr (Clark et al. 2020, ELECTRA; Bao
+        et al. 2021, BEiT). Raises SurgeryError where the pretrained parameters hold no repeated blocks.
         """
         pretrained, new = self._parted(model)
         if freeze and not new:
@@ -151,10 +194,10 @@ class Report:
             for parameter in pretrained:
                 parameter.requires_grad_(False)
         groups: list[dict[str, Any]] = []
-        for name, parameters, rate in (
-            ("pretrained", [] if freeze else pretrained, lr),
-            ("new", new, lr if new_lr is None else new_lr),
-        ):
+        parts = [("pretrained", [] if freeze else pretrained, lr)]
+        if layer_decay is not None and not freeze:
+            parts = _by_depth(model, pretrained, lr, layer_decay)
+        for name, parameters, rate in (*parts, ("new", new, lr if new_lr is None else new_lr)):
             if decay is None:
                 groups.append({"name": name, "params": parameters, "lr": rate})
                 continue

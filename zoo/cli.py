@@ -35,6 +35,8 @@ COMMANDS = {
     "plan": ("zoo.cli_graft:plan", "Show where each tensor of your module would come from; write nothing."),
     "graft": ("zoo.cli_graft:graft", "Fill your module with pretrained weights, prove it, and write them."),
     "verify": ("zoo.cli_graft:verify", "Run the proof of a graft again, from its files."),
+    "run": ("zoo.cli_run:run", "Run a model on a text, an image, a recording or a series."),
+    "suggest": ("zoo.cli_run:suggest", "Suggest what to start from."),
     "plugins": ("zoo.cli_plugins:plugins", "List the plugins, and check one."),
 }
 

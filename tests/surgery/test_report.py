@@ -173,3 +173,40 @@ def test_it_prints_short_and_dumps_whole() -> None:
     assert whole["verdict"] == "proven"
     assert len(whole["rows"]) == 8
     assert whole["proof"] is None
+
+
+class Deep(nn.Module):
+    """A table, three blocks of two layers each, a norm, and a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3))
+        self.norm = nn.LayerNorm(2)
+        self.head = nn.Linear(2, 1)
+
+
+def of(model: nn.Module, new: str) -> Report:
+    return Report.of(plan(model, **{f"{new}_{end}": Status.NEW for end in ("weight", "bias")}), "proven")
+
+
+def test_learning_rates_by_depth() -> None:
+    model = Deep()
+    groups = of(model, "head").param_groups(model, lr=1.0, new_lr=5.0, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(model.table.weight)] == 0.125
+    assert [rates[id(b[1].weight)] for b in model.blocks] == [0.25, 0.5, 1.0]
+    assert rates[id(model.norm.weight)] == 1.0
+    assert rates[id(model.head.weight)] == 5.0
+    assert len(rates) == len(list(model.parameters()))
+    decayed = of(model, "head").param_groups(model, lr=1.0, layer_decay=0.5, decay=0.1)
+    assert sum(len(group["params"]) for group in decayed) == len(rates)
+    assert {group["weight_decay"] for group in decayed} == {0.0, 0.1}
+
+
+def test_depth_needs_blocks() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(SurgeryError, match="repeated blocks"):
+        of(model, "head").param_groups(model, lr=1.0, layer_decay=0.5)
+    with pytest.raises(SurgeryError, match="above 0"):
+        of(Deep(), "head").param_groups(Deep(), lr=1.0, layer_decay=1.5)
