@@ -34,7 +34,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
 
 
 def _texts(x: Any) -> list[str]:
-    texts = [x] if isinstance(x, str) else list(x)
+    texts = [x] if isinstance(x, str) else list(x) if isinstance(x, (list, tuple)) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise zoo.ZooError("a text model takes a text, or a list of texts", kind="usage")
     return texts
