@@ -35,8 +35,18 @@ PARTS = (
         probe="zoo_text.t5:encoder_probe",
         outputs=("last_hidden_state",),
     ),
-    Part("decoder", {"model": _DECODER}, probe="zoo_text.t5:decoder_probe", outputs=("last_hidden_state",)),
-    Part("head", {"model": ("lm_head.weight",)}, probe="zoo_text.t5:head_probe", outputs=("logits",)),
+    Part(
+        "decoder",
+        {"model": _DECODER, "encoder": ("decoder.*",)},
+        probe="zoo_text.t5:decoder_probe",
+        outputs=("last_hidden_state",),
+    ),
+    Part(
+        "head",
+        {"model": ("lm_head.weight",), "encoder": ("lm_head.weight",)},
+        probe="zoo_text.t5:head_probe",
+        outputs=("logits",),
+    ),
 )
 
 ENTRIES = (
