@@ -38,7 +38,7 @@ class Located:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json beside the weights, or nothing. One that cannot be read is an error, not nothing."""
+        """The configuration beside the weights, or nothing. One that cannot be read is an error, not nothing."""
         return read_config(self.weights)
 
     @property
@@ -48,8 +48,13 @@ class Located:
 
 
 def read_config(weights: Path) -> dict[str, Any]:
-    path = weights.parent / "config.json"
-    if not path.is_file():
+    """config.json; or open_clip's own, for weights in its layout and where there is no other."""
+    # Repositories hold one model in two layouts, each with a configuration of its own, side by side.
+    names = ["config.json", "open_clip_config.json"]
+    if weights.name.startswith("open_clip"):
+        names.reverse()
+    path = next((path for name in names if (path := weights.parent / name).is_file()), None)
+    if path is None:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
