@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# As many images as texts, and enough of them that the table of logits is no table of one number, which could be anything.
+ROWS = 3
+
 Inputs = Callable[[int, str], dict[str, Tensor]]
 
 
@@ -20,9 +23,10 @@ def texts(*, vocabulary: int, length: int, end: int | None = None, mask: bool = 
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
-        rows = {"shortest": 1, "longest": 1}.get(variant, 2)
-        ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
-        stops = [{"shortest": 1, "longest": length - 1}.get(variant, (length // 2 + row) % length) for row in range(rows)]
+        ids = torch.randint(0, vocabulary, (ROWS, length), generator=draw)
+        stops = [
+            {"shortest": 1, "longest": length - 1}.get(variant, (length // 2 + row) % length) for row in range(ROWS)
+        ]
         seen = torch.ones_like(ids)
         if end is not None:
             ordinary = torch.tensor([i for i in range(vocabulary) if i != end])
@@ -48,8 +52,7 @@ def images(*, size: tuple[int, int], longest: tuple[int, int] | None = None, cha
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         height, width = longest if longest is not None and variant == "longest" else size
-        rows = {"shortest": 1, "longest": 1}.get(variant, 2)
-        return {"pixel_values": torch.randn(rows, channels, height, width, generator=draw)}
+        return {"pixel_values": torch.randn(ROWS, channels, height, width, generator=draw)}
 
     return inputs
 

@@ -123,9 +123,9 @@ def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 
 def answer(model: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Both embeddings, and the logits that the model's own get_logits makes of them."""
+    """Both embeddings, and the logits that the model's own get_logits makes of them, but for the order of factors."""
     image, words = model.encode_image(x["pixel_values"]), model.encode_text(x["input_ids"])
-    logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
+    logits = F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T * model.logit_scale.exp()
     return image, words, logits if model.logit_bias is None else logits + model.logit_bias
 
 

@@ -33,7 +33,7 @@ PARTS = (
         outputs=("image_embeds_unnormalised",),
         aliases=("image",),
     ),
-    Part("logit_scale", {layout: ("logit_scale", "logit_bias") for layout in LAYOUTS}),
+    Part("logit_scale", dict.fromkeys(LAYOUTS, ("logit_scale", "logit_bias"))),
 )
 
 ENTRY = Entry(

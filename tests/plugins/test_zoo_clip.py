@@ -164,5 +164,3 @@ def test_a_configuration_of_open_clip_is_found(made: dict[str, Tiny], tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     assert "model_cfg" in read_config(path)
     assert "model_type" in read_config(path.with_name("model.safetensors"))
-
-
