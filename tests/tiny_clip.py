@@ -41,7 +41,7 @@ EFFICIENT: dict[str, Any] = {
     "strides": [1, 2],
     "num_block_repeats": [1, 2],
     "expand_ratios": [1, 2],
-    "hidden_dim": 48,
+    "hidden_dim": 256,  # what it pools over: more than any image leaves
     "width_coefficient": 1.0,
     "depth_coefficient": 1.0,
     "image_size": IMAGE,
@@ -169,7 +169,7 @@ def openai() -> Tiny:
 
 def register() -> None:
     """A vision tower of timm's as open_clip's SigLIP has it, only smaller."""
-    from timm.models import register_model
+    from timm.models import is_model, register_model
     from timm.models.vision_transformer import VisionTransformer
 
     def tiny_siglip(pretrained: bool = False, **settings: Any) -> nn.Module:
@@ -181,7 +181,8 @@ def register() -> None:
         return made
 
     tiny_siglip.__module__ = "timm.models.vision_transformer"
-    register_model(tiny_siglip)
+    if not is_model("tiny_siglip"):
+        register_model(tiny_siglip)
 
 
 def _norm() -> Any:

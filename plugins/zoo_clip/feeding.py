@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# As many images as texts, and enough of them that the table of logits is no table of one number, which could be anything.
+# As many images as texts, and enough of them that the logits are no single number, which could be anything.
 ROWS = 3
 
 Inputs = Callable[[int, str], dict[str, Tensor]]

@@ -33,6 +33,8 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "do_normalize": False,
         "rescale_factor": 1 / 127.5,
         "rescale_offset": True,
+        "include_top": False,
+        **_HALF,
     },
 }
 
@@ -109,6 +111,8 @@ class Images:
     def beside(cls, stem: str, settings: Any, folder: Path) -> Images:
         path = folder / "preprocessor_config.json"
         said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if stem == "Align" and said:  # a file of its processor's that does not name it means yes
+            said = {"include_top": True, **said}
         return cls({**_PUBLISHED[stem], **said}, int(settings.vision_config.image_size))
 
     @classmethod
@@ -137,13 +141,15 @@ class Images:
                 image = opened.convert("RGB")
         except OSError as error:
             raise zoo.ZooError(f"{path} cannot be read as an image: {error}", kind="file") from error
-        pixels = np.asarray(self._cut(self._resized(image)), dtype=np.float32)
+        pixels: Any = np.asarray(self._cut(self._resized(image)), dtype=np.float32)
         if self.settings.get("do_rescale", True):
             pixels = pixels * np.float32(self.settings.get("rescale_factor", 1 / 255))
             pixels = pixels - 1 if self.settings.get("rescale_offset", False) else pixels
         if self.settings.get("do_normalize", True):
             mean, std = (np.asarray(self.settings[name], np.float32) for name in ("image_mean", "image_std"))
             pixels = (pixels - mean) / std
+        if self.settings.get("include_top", False):
+            pixels = pixels / np.asarray(self.settings["image_std"], np.float32)
         return {"pixel_values": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]}
 
     def _resized(self, image: Image) -> Image:

@@ -109,6 +109,7 @@ def test_siglip_of_open_clip(picture: Path, tmp_path: Path) -> None:
             "align in transformers",
             "EfficientNetImageProcessor",
             {
+                "include_top": False,
                 "size": {"height": 40, "width": 40},
                 "crop_size": {"height": IMAGE, "width": IMAGE},
                 "do_center_crop": True,
