@@ -105,3 +105,40 @@ def test_two_towers_of_two_entries_in_one_model(run: tuple[Zoo, HubServer]) -> N
         "assert not torch.equal(a['image.out.weight'], b['image.out.weight'])"
     )
     good(zoo.python(check))
+
+
+def test_a_file_of_openais_is_recognised_and_grafted(run: tuple[Zoo, HubServer]) -> None:
+    """Nothing beside it: what it is, and how wide its heads are, is told by its tensors."""
+    zoo, _ = run
+    path = tiny_clip.openai().at(zoo.cwd)
+    table = {**MATCHER, "image_heads": 1, "text_heads": 1}
+    done = good(
+        zoo(
+            "graft",
+            f"file:{path.name}",
+            str(ROOT / "examples" / "my_clip.py"),
+            *sizes(table),
+            "-o",
+            "a.safetensors",
+            "--json",
+        )
+    ).json
+    assert done["verdict"] == "proven"
+
+
+def test_the_namespace_takes_open_clips_layout(run: tuple[Zoo, HubServer]) -> None:
+    """The repository has transformers' layout too, and no safetensors of open_clip's."""
+    zoo, hub = run
+    files = {**tiny_clip.hf_clip().files, **tiny_clip.open_clip_bin().files}
+    hub.add("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", files)
+    ref = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    good(zoo("pull", ref))
+    assert "open_clip_pytorch_model.bin" in zoo.cached
+    assert "model.safetensors" not in zoo.cached
+    shown = good(zoo("show", ref, "--json")).json
+    assert {"text", "vision", "logit_scale"} == {part["name"] for part in shown["parts"]}
+    code = (
+        "import sys, zoo; from zoo import grafting; s = grafting.resolve(sys.argv[1]);"
+        "assert 'model_cfg' in s.config; print(s.reference().outputs)"
+    )
+    assert "logits_per_image" in good(zoo.python(code, ref)).out
