@@ -211,8 +211,7 @@ def test_plugins_shows_faults_and_verbose_the_traceback(zoo: Zoo) -> None:
 
 
 def test_a_plugin_that_is_off(zoo: Zoo) -> None:
-    (line,) = (line for line in zoo("plugins", ZOO_PLUGINS="-text").out.splitlines() if line.startswith("text "))
-    assert line.split()[1] == "off"
+    assert ["text", "off"] in [line.split()[:2] for line in zoo("plugins", ZOO_PLUGINS="-text").out.splitlines()]
     done = zoo("show", "bert", ZOO_PLUGINS="-text")
     assert (done.status, "text is off" in done.err) == (2, True)
 
@@ -296,10 +295,10 @@ def test_the_library(zoo: Zoo) -> None:
 import zoo
 part = zoo.open("minilm-pooler")
 print(sorted(part), part["pooler.dense.weight"].shape, zoo.pull("minilm").name, zoo.find("minilm-encoder").name)
-print(len(zoo.open("minilm", part="encoder")), [entry.name for entry in zoo.entries()][0])
+print(len(zoo.open("minilm", part="encoder")), "bert" in [entry.name for entry in zoo.entries()])
 """
     done = zoo.python(code)
-    assert done.out == ("['pooler.dense.bias', 'pooler.dense.weight'] (384, 384) model.safetensors minilm\n102 bert\n")
+    assert done.out == ("['pooler.dense.bias', 'pooler.dense.weight'] (384, 384) model.safetensors minilm\n102 True\n")
 
 
 def test_a_missing_library_is_an_extra() -> None:
