@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _FILLS = {nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_}
 _FILLS |= {nn.init.kaiming_normal_, nn.init.xavier_normal_, nn.init.orthogonal_}
-_FILLS |= {Tensor.normal_, Tensor.uniform_}
+_FILLS |= {Tensor.uniform_}
 _NONE: Mapping[str, str] = {}
 
 
@@ -29,6 +29,9 @@ class _Unfilled(TorchFunctionMode):
     """Modules are made without drawing random weights, which the checkpoint's are to replace; buffers are made."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.normal_:
+            # To its mean: torch's trunc_normal_ draws again until every value lies within its bounds.
+            return args[0].fill_(args[1] if len(args) > 1 else (kwargs or {}).get("mean", 0.0))
         if func in _FILLS:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))

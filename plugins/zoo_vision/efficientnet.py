@@ -19,7 +19,7 @@ FAMILY = Family(
     name="efficientnet",
     prefixes=("efficientnet_", "efficientnetv2_", "test_efficientnet", "tf_efficientnet_", "tf_efficientnetv2_"),
     layouts={
-        TIMM: ("conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.1.0.conv_pwl.weight", "conv_head.weight"),
+        TIMM: ("conv_stem.weight", "blocks.0.0.*", "blocks.1.0.conv_pwl.weight", "conv_head.weight", "classifier.*"),
         TORCHVISION: (
             "features.0.0.weight",
             "features.1.0.block.0.0.weight",

@@ -62,8 +62,8 @@ def _built(architecture: str, kept: Mapping[str, Any], at: Callable[[str], str] 
         return model
 
     with torch.device("meta"):
-        model = build()
-    known = model.pretrained_cfg
+        model: Any = build()
+    known: Mapping[str, Any] = model.pretrained_cfg
     side = _fixed(model, known)
     return Built(
         build,
@@ -76,7 +76,7 @@ def _built(architecture: str, kept: Mapping[str, Any], at: Callable[[str], str] 
     )
 
 
-def _fixed(model: nn.Module, known: Mapping[str, Any]) -> int:
+def _fixed(model: Any, known: Mapping[str, Any]) -> int:
     """The side of the images that a model is made for; 0 where it takes others as well."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
@@ -84,12 +84,12 @@ def _fixed(model: nn.Module, known: Mapping[str, Any]) -> int:
     return int(known["input_size"][-1]) if known.get("fixed_input_size") else 0
 
 
-def _features(model: nn.Module, pixels: Tensor) -> Tensor:
+def _features(model: Any, pixels: Tensor) -> Tensor:
     features: Tensor = model.forward_features(pixels)
     return features
 
 
-def _head(model: nn.Module, features: Tensor) -> Tensor:
+def _head(model: Any, features: Tensor) -> Tensor:
     logits: Tensor = model.forward_head(features)
     return logits
 

@@ -24,7 +24,7 @@ def candidates(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[tuple[s
     wanted = tuple(names)
     if not wanted:
         return
-    if "conv_proj.weight" in checkpoint:
+    if wanted[0].startswith("vit_"):
         yield from _transformer(checkpoint)
         return
     torchvision = _torchvision(checkpoint)
@@ -51,11 +51,16 @@ def _torchvision(checkpoint: Checkpoint) -> Any:
 
 def _transformer(checkpoint: Checkpoint) -> Iterator[tuple[str, Built]]:
     """ViT, by its shapes."""
-    width, channels, patch, _ = checkpoint["conv_proj.weight"].shape
-    positions = checkpoint["encoder.pos_embedding"].shape[1]
+    last = "heads.head.weight"
+    if "conv_proj.weight" in checkpoint:
+        width, channels, patch, _ = checkpoint["conv_proj.weight"].shape
+        positions = checkpoint["encoder.pos_embedding"].shape[1]
+    elif last in checkpoint:  # the head alone: what is below it is cut away, and any will do
+        width, channels, patch, positions = checkpoint[last].shape[1], 3, 16, 2
+    else:
+        return
     layers = {name.split(".")[2] for name in checkpoint if name.startswith("encoder.layers.")}
     first = "encoder.layers.encoder_layer_0.mlp.0.weight"
-    last = "heads.head.weight"
     side = round((positions - 1) ** 0.5)
     if channels != 3 or width not in HEADS or side * side != positions - 1:
         return

@@ -82,7 +82,7 @@ def probe(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str
         filled(model, checkpoint)
         return _whole(model, body if _headed(checkpoint) else "", pixels)
     if part in ("patch", "stem"):
-        (name,) = (each for each in family.pieces[TRANSFORMERS][part] if "." not in each and hasattr(model, each))
+        (name,) = {each for each in family.pieces[TRANSFORMERS][part] if "." not in each and hasattr(model, each)}
         piece: nn.Module = model.get_submodule(name)
         filled(piece, checkpoint, f"{prefix}{name}.")
         return zoo.PartProbe(piece, _embedded, pixels, _VARIANTS, ("embeddings",))

@@ -107,14 +107,16 @@ def _unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> zoo.PartPr
         tried[EFFICIENTNET_PYTORCH] = of_timm.efficientnet_pytorch
     for layout, candidates in tried.items():
         pieces = family.pieces[TORCHVISION if layout == TORCHVISION and layout in family.pieces else TIMM]
-        fits = {
-            name: made
-            for name, made in candidates(family.candidates.get(layout, ()), checkpoint)
-            if _fits(made, pieces, part, checkpoint)
-        }
+        # Two that are written alike are one function: the stems of two sizes, which have nothing in them to tell apart.
+        fits: dict[str, Built] = {}
+        called: dict[str, str] = {}
+        for name, made in candidates(family.candidates.get(layout, ()), checkpoint):
+            written = _fits(made, pieces, part, checkpoint)
+            if written and written not in fits:
+                fits[written], called[written] = made, name
         if len(fits) > 1:
             raise zoo.ZooError(
-                f"{checkpoint.source}: by names and shapes it could be {' or '.join(fits)}, which differ in what they "
+                f"{checkpoint.source}: by names and shapes it could be {' or '.join(called.values())}, which differ in what they "
                 "compute",
                 kind="weights",
                 hint="put its config.json beside the weights; or graft with --static, which runs nothing",
@@ -128,11 +130,13 @@ def _unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> zoo.PartPr
     )
 
 
-def _fits(made: Built, pieces: Mapping[str, tuple[str, ...]], part: str, checkpoint: Checkpoint) -> bool:
+def _fits(made: Built, pieces: Mapping[str, tuple[str, ...]], part: str, checkpoint: Checkpoint) -> str:
+    """The model as it is written, where its names and shapes are the checkpoint's; else nothing."""
     with torch.device("meta"):
         model = _piece(made, pieces, part)
     own = {made.at(name): tuple(value.shape) for name, value in model.state_dict().items()}
     counts = {name for name in own if name.endswith("num_batches_tracked")}
-    return own.keys() - counts <= set(checkpoint) and all(
+    same = own.keys() - counts <= set(checkpoint) and all(
         name in own and tuple(checkpoint[name].shape) == own[name] for name in checkpoint
     )
+    return repr(model) if same else ""
