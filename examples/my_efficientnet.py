@@ -9,15 +9,20 @@ from torch.nn import functional as F
 
 
 class ConvNorm(nn.Module):
-    def __init__(self, into: int, out: int, size: int = 1, stride: int = 1, groups: int = 1) -> None:
+    """A convolution, its norm, and SiLU where it is asked for."""
+
+    def __init__(
+        self, into: int, out: int, size: int = 1, stride: int = 1, groups: int = 1, active: bool = True
+    ) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(out, into // groups, size, size) * 0.05)
         self.norm = nn.BatchNorm2d(out)
-        self.stride, self.groups = stride, groups
+        self.stride, self.groups, self.active = stride, groups, active
 
     def forward(self, x: Tensor) -> Tensor:
         pad = self.kernel.shape[-1] // 2
-        return self.norm(F.conv2d(x, self.kernel, None, self.stride, pad, 1, self.groups))
+        y = self.norm(F.conv2d(x, self.kernel, None, self.stride, pad, 1, self.groups))
+        return F.silu(y) if self.active else y
 
 
 class Gate(nn.Module):
@@ -40,12 +45,12 @@ class Block(nn.Module):
         self.expand = ConvNorm(into, wide) if expand > 1 else None
         self.depth = ConvNorm(wide, wide, size, stride, groups=wide)
         self.gate = Gate(wide, into // 4)
-        self.project = ConvNorm(wide, out)
+        self.project = ConvNorm(wide, out, active=False)
         self.add = stride == 1 and into == out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.silu(self.expand(x))
-        y = self.project(self.gate(F.silu(self.depth(y))))
+        y = x if self.expand is None else self.expand(x)
+        y = self.project(self.gate(self.depth(y)))
         return x + y if self.add else y
 
 
@@ -77,5 +82,4 @@ class Network(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.blocks(F.silu(self.stem(images)))
-        return self.head(F.silu(self.last(x)).mean((2, 3)))
+        return self.head(self.last(self.blocks(self.stem(images))).mean((2, 3)))

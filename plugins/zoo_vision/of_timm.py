@@ -43,13 +43,6 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(each) for each in value) if isinstance(value, list) else value
 
 
-def create(config: Mapping[str, Any]) -> nn.Module:
-    """The model that a config.json describes, without pretrained values."""
-    architecture, kept = arguments(config)
-    model: nn.Module = timm.create_model(architecture, **kept)
-    return model
-
-
 def configured(config: Mapping[str, Any]) -> Built:
     """The model that a config.json describes."""
     architecture, kept = arguments(config)

@@ -33,7 +33,7 @@ def probe_of(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[
         from zoo_vision import of_transformers
 
         return of_transformers.probe(family, part, checkpoint, config)
-    return _unlabelled(family, part, checkpoint)
+    return _cut(*unlabelled(family, part, checkpoint), part, checkpoint)
 
 
 def any_of_timm(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
@@ -98,7 +98,7 @@ def _keep(model: nn.Module, at: str, kept: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- unlabelled
 
 
-def _unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> zoo.PartProbe:
+def unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> tuple[Built, Mapping[str, tuple[str, ...]]]:
     """By names and shapes alone. torchvision comes first: its checkpoints are the ones without a configuration."""
     tried = {TORCHVISION: of_torchvision.candidates, TIMM: of_timm.candidates}
     if family.name == "efficientnet":
@@ -116,13 +116,13 @@ def _unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> zoo.PartPr
                 fits[written], called[written] = made, name
         if len(fits) > 1:
             raise zoo.ZooError(
-                f"{checkpoint.source}: by names and shapes it could be {' or '.join(called.values())}, which differ in what they "
-                "compute",
+                f"{checkpoint.source}: by names and shapes it could be {' or '.join(called.values())}, which compute "
+                "different things",
                 kind="weights",
                 hint="put its config.json beside the weights; or graft with --static, which runs nothing",
             )
         for made in fits.values():
-            return _cut(made, pieces, part, checkpoint)
+            return made, pieces
     raise zoo.ZooError(
         f"{checkpoint.source}: there is no config.json, and no model of {family.name} has just these names and shapes",
         kind="weights",
