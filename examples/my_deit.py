@@ -1,6 +1,6 @@
 """A distilled vision transformer: two tokens of its own before the patches, and a fresh head on the mean of all.
 
-    zoo graft deit-tiny-distilled-encoder examples/my_deit.py
+    zoo graft deit.tiny-distilled-encoder examples/my_deit.py
 
 Attention is torch's own module; the tokens are one parameter.
 """

@@ -66,6 +66,7 @@ def _built(architecture: str, kept: Mapping[str, Any], at: Callable[[str], str] 
         int(known.get("input_size", (3,))[0]),
         at,
         int(getattr(model, "num_classes", 0)),
+        model,
     )
 
 

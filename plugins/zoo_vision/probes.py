@@ -133,7 +133,9 @@ def unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> tuple[Built
 def _fits(made: Built, pieces: Mapping[str, tuple[str, ...]], part: str, checkpoint: Checkpoint) -> str:
     """The model as it is written, where its names and shapes are the checkpoint's; else nothing."""
     with torch.device("meta"):
-        model = _piece(made, pieces, part)
+        model = made.bare or made.build()
+    if part != "whole":
+        _keep(model, "", pieces[part])
     own = {made.at(name): tuple(value.shape) for name, value in model.state_dict().items()}
     counts = {name for name in own if name.endswith("num_batches_tracked")}
     same = own.keys() - counts <= set(checkpoint) and all(

@@ -26,7 +26,7 @@ class Built:
     """A model that may be cut and run: `build` makes it anew, with its head for that many classes.
 
     `at` turns a name of the model into the checkpoint's. `sizes` are the sides of the images it takes, least first;
-    one where it takes no other.
+    one where it takes no other. `bare` is one that was built without storage, where that was done already.
     """
 
     build: Callable[[], nn.Module]
@@ -36,6 +36,7 @@ class Built:
     channels: int
     at: Callable[[str], str] = str
     classes: int = 0
+    bare: nn.Module | None = None
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = str) -> None:

@@ -54,7 +54,13 @@ FAMILY = Family(
         TORCHVISION: ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"),
     },
     # BEiT and its like; CLIP's towers, which normalise before the first block.
-    never=("blocks.0.attn.q_bias", "blocks.0.attn.relative_position_bias_table", "norm_pre.weight", "dist_token"),
+    never=(
+        "blocks.0.attn.q_bias",
+        "blocks.0.attn.relative_position_bias_table",
+        "norm_pre.weight",
+        "dist_token",
+        "*distillation_token",
+    ),
 )
 
 ENTRIES = (
