@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -94,9 +94,16 @@ def _head(model: Any, features: Tensor) -> Tensor:
 def candidates(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[tuple[str, Built]]:
     """The architectures, each with as many classes and for images of the size that the tensors say."""
     kept: dict[str, Any] = {"pretrained": False, "num_classes": _classes(checkpoint)}
-    for name in names:
+    for name in filter(lambda name: _could_be(name, checkpoint), names):
         sized = {**kept, **_sized(name, checkpoint)}
         yield name, _built(name, sized)
+
+
+def _could_be(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether it is worth building: of EfficientNets, the lite ones have no squeezing, and all others do."""
+    if "efficientnet" not in name or not any("blocks." in each for each in checkpoint):
+        return True
+    return any("se_reduce" in each or ".se." in each for each in checkpoint) != ("lite" in name)
 
 
 def _classes(checkpoint: Checkpoint) -> int:
@@ -137,11 +144,9 @@ def efficientnet_pytorch(names: Iterable[str], checkpoint: Checkpoint) -> Iterat
     >>> at("blocks.1.1.bn3.weight"), at("blocks.0.0.conv_pw.weight"), at("bn2.bias")
     ('_blocks.2._bn2.weight', '_blocks.0._project_conv.weight', '_bn1.bias')
     """
-    for name in names:
-        kept = {"pretrained": False, "num_classes": _classes(checkpoint)}
-        with torch.device("meta"):
-            stages = [len(stage) for stage in timm.create_model(name, **kept).blocks]
-        yield name, _built(name, kept, efficientnet_pytorch_names(stages))
+    for name, made in candidates(names, checkpoint):
+        bare: Any = made.bare
+        yield name, replace(made, at=efficientnet_pytorch_names([len(stage) for stage in bare.blocks]))
 
 
 def efficientnet_pytorch_names(stages: list[int]) -> Callable[[str], str]:
