@@ -5,13 +5,42 @@ An ordinary plugin: it uses what any plugin may use, and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import zoo
+from zoo_audio import speech, whisper
+
+if TYPE_CHECKING:
+    from surgery import TensorInfo
 
 ZOO_API = 1
+
+_FAMILIES = (whisper, speech)
 
 
 @zoo.hookimpl
 def zoo_entries() -> Iterable[zoo.Entry]:
-    return []
+    return [entry for family in _FAMILIES for entry in family.ENTRIES]
+
+
+@zoo.hookimpl
+def zoo_recognise(config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> list[zoo.Recognition]:
+    """By config.json's model_type where there is one, by the tensors' names, and by what only one family has."""
+    found = []
+    model_type = config.get("model_type")
+    for family in _FAMILIES:
+        for entry in family.ENTRIES:
+            if model_type is not None and model_type != entry.name:
+                continue
+            layout = entry.layout_of(tensors)
+            if layout is None:
+                continue
+            told = family.names_say(entry.name, tensors)
+            if told is False and model_type is None:
+                continue
+            evidence = [f'config.json says that its model_type is "{model_type}"'] if model_type else []
+            evidence.append(f"the tensors are named as in {entry.name}, layout {layout}")
+            evidence += [told] if told else []
+            found.append(zoo.Recognition(entry.name, tuple(evidence), len(evidence)))
+    return found
