@@ -223,10 +223,14 @@ _VARIANTS = ("plain", "shortest", "longest")
 
 
 def waves(config: PretrainedConfig) -> Callable[[int, str], dict[str, Tensor]]:
-    """Waveforms [B, samples] of so many frames, with some samples that fill no frame."""
+    """Waveforms [B, samples] of so many frames, with a sample that fills no frame.
+
+    longest is long enough for every row of WavLM's table of distances.
+    """
+    longest = max(40, getattr(config, "max_bucket_distance", 0) + 2)
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
-        batch, frames = {"plain": (2, 14), "shortest": (1, 2), "longest": (1, 40)}[variant]
+        batch, frames = {"plain": (2, 14), "shortest": (1, 2), "longest": (1, longest)}[variant]
         samples = frames
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
