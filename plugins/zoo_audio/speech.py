@@ -74,6 +74,7 @@ def _entry(name: str, tags: Mapping[str, str], licence: str) -> Entry:
         licence=licence,
         layouts=_layouts(name),
         requires="audio",
+        load="zoo_audio.loading:speech",
         probe="zoo_audio.speech:whole_probe",
         outputs=("last_hidden_state",),
         parts=_parts(name),
@@ -110,7 +111,7 @@ ENTRIES = (
             "base-plus": "microsoft/wavlm-base-plus",
             "large": "microsoft/wavlm-large",
         },
-        "see the model's page",
+        "cc-by-sa-3.0",
     ),
 )
 

@@ -71,6 +71,7 @@ ENTRIES = (
         licence="apache-2.0",
         layouts=LAYOUTS,
         requires="audio",
+        load="zoo_audio.loading:whisper",
         probe="zoo_audio.whisper:whole_probe",
         outputs=("logits",),
         parts=PARTS,
