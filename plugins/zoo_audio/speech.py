@@ -45,7 +45,8 @@ def _parts(entry: str) -> tuple[Part, ...]:
         found = {"model": ours, "task": _under(f"{entry}.", ours), "fairseq": fair}
         return found | ({"fairseq-tuned": _under(_TUNED[entry], fair)} if _TUNED[entry] else {})
 
-    heads = {"task": ("lm_head.*",)} | ({"fairseq-tuned": ("w2v_encoder.proj.*",)} if _TUNED[entry] else {})
+    # A body alone has no head, in either spelling.
+    heads = {layout: ("lm_head.*", "w2v_encoder.proj.*") for layout in _layouts(entry)}
     return (
         # From a waveform to what enters the transformer: convolutions, normalised and projected.
         Part(

@@ -65,6 +65,20 @@ ROWS: dict[str, tuple[str, dict[str, Any], str, str, str, list[str]]] = {
     ),
 }
 
+# A decoder alone, of the example's blocks; its arguments are told by their names.
+SPEAKER = """
+from my_whisper_decoder import Block, nn, torch
+
+class Speaker(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.order = nn.Embedding(50, 64), nn.Parameter(torch.zeros(10, 64))
+        self.speak, self.spoken = Block(64, 1, 256, cross=True), nn.LayerNorm(64)
+
+    def forward(self, tokens, memory):
+        return self.spoken(self.speak(self.words(tokens) + self.order[: tokens.shape[1]], memory))
+"""
+
 # Every command in one process, because each would import torch anew.
 COMMANDS = """
 import contextlib, io, json, sys
@@ -116,7 +130,9 @@ def test_bare_files_into_a_module_of_ones_own(root: Path, tmp_path: Path) -> Non
     torch.save({"args": None, "model": fair}, tmp_path / "fairseq.pt")
     heard = ["mels=8", "width=64", "layers=1", "heads=1", "inner=256", "positions=12"]
     spoken = ["channels=8", "width=64", "layers=1", "heads=1", "inner=24", "reach=8", "groups=4"]
-    commands = []
+    (tmp_path / "speaker.py").write_text(SPEAKER)
+    shutil.copy(root / "examples" / "my_whisper_decoder.py", tmp_path)
+    commands = [["graft", "file:openai.pt#decoder", "speaker.py"]]
     for ref, example, sets in (
         ("file:openai.pt#encoder", "my_whisper.py", heard),
         ("file:fairseq.pt#encoder", "my_wav2vec2.py", spoken),
@@ -227,6 +243,13 @@ def test_load_whisper(tmp_path: Path) -> None:
             expected.append(int(logits[0, -1].argmax()))
     assert len(ids) > 1
     assert expected[1:] == ids  # what it began with is no answer
+
+    tokens = ["<|endoftext|>", "<|startoftranscript|>", "<|x|>", *(chr(33 + i) for i in range(47))]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    loaded = zoo.load(f"file:{tmp_path}")
+    told = loaded.describe(loaded.run(tmp_path / "a.wav"))
+    assert told["text"] == "".join(tokens[i] for i in ids if i > 2)
 
 
 def test_recordings_that_do_not_fit(tmp_path: Path) -> None:
