@@ -65,6 +65,21 @@ def made(name: str, **sizes: Any) -> Any:
     return model
 
 
+def openai_whisper(layers: int) -> tuple[dict[str, int], Any]:
+    """The dimensions and a seeded model of the package openai-whisper."""
+    from whisper.model import ModelDimensions, Whisper
+
+    dims = {"n_mels": 8, "n_audio_ctx": 12, "n_audio_state": 64, "n_audio_head": 1, "n_audio_layer": layers}
+    dims |= {"n_vocab": 50, "n_text_ctx": 10, "n_text_state": 64, "n_text_head": 1, "n_text_layer": 1}
+    torch.manual_seed(0)
+    model = Whisper(ModelDimensions(**dims)).eval()
+    with torch.no_grad():
+        model.decoder.positional_embedding.zero_()  # it is made without values
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dims, model
+
+
 def save(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     return model

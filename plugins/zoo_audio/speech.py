@@ -46,7 +46,7 @@ def _parts(entry: str) -> tuple[Part, ...]:
         return found | ({"fairseq-tuned": _under(_TUNED[entry], fair)} if _TUNED[entry] else {})
 
     # A body alone has no head, in either spelling.
-    heads = {layout: ("lm_head.*", "w2v_encoder.proj.*") for layout in _layouts(entry)}
+    heads = dict.fromkeys(_layouts(entry), ("lm_head.*", "w2v_encoder.proj.*"))
     return (
         # From a waveform to what enters the transformer: convolutions, normalised and projected.
         Part(

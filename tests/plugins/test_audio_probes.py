@@ -140,14 +140,8 @@ def test_whisper(name: str, tmp_path: Path) -> None:
 
 def test_openai_whisper(tmp_path: Path) -> None:
     """The package's own file, without a configuration, against the package's own model."""
-    module = pytest.importorskip("whisper.model")
-    dims = {"n_mels": 8, "n_audio_ctx": 12, "n_audio_state": 64, "n_audio_head": 1, "n_audio_layer": 2, "n_vocab": 50}
-    dims |= {"n_text_ctx": 10, "n_text_state": 64, "n_text_head": 1, "n_text_layer": 1}
-    torch.manual_seed(0)
-    model = module.Whisper(module.ModelDimensions(**dims)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    pytest.importorskip("whisper.model")
+    dims, model = tiny_speech.openai_whisper(layers=2)
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, tmp_path / "tiny.pt")
     tensors = surgery.open(tmp_path / "tiny.pt")
     assert [found.entry for found in _host().recognise({}, tensors)] == ["whisper"]

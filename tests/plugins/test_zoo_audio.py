@@ -119,11 +119,8 @@ def test_from_the_hub_into_a_module_of_ones_own(ref: str, root: Path, tmp_path: 
 
 def test_bare_files_into_a_module_of_ones_own(root: Path, tmp_path: Path) -> None:
     """OpenAI's own file and fairseq's, with no configuration beside them."""
-    module = pytest.importorskip("whisper.model")
-    dims = {"n_mels": 8, "n_audio_ctx": 12, "n_audio_state": 64, "n_audio_head": 1, "n_audio_layer": 1, "n_vocab": 50}
-    dims |= {"n_text_ctx": 10, "n_text_state": 64, "n_text_head": 1, "n_text_layer": 1}
-    torch.manual_seed(0)
-    model = module.Whisper(module.ModelDimensions(**dims))
+    pytest.importorskip("whisper.model")
+    dims, model = tiny_speech.openai_whisper(layers=1)
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, tmp_path / "openai.pt")
     speaker = tiny_speech.made("Wav2Vec2Model", **tiny_speech.SHAPED | {"num_hidden_layers": 1})
     fair = tiny_speech.fairseq(speaker.state_dict()) | {"quantizer.vars": torch.zeros(1, 4, 8)}
