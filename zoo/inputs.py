@@ -64,18 +64,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "token_type",
         "kinds",
     ),
-    "decoder_input_ids": (
-        "decoder_input_ids",
-        "decoder_ids",
-        "decoder_tokens",
-        "target_ids",
-        "targets",
-        "target",
-        "tgt",
-        "tgt_ids",
-        "labels_in",
-    ),
-    "encoder_hidden_states": ("encoder_hidden_states", "memory", "context", "encoded", "encoder_out", "encoder_output"),
     "hidden_states": ("hidden_states", "hidden", "states", "h", "x", "features", "inputs", "last_hidden_state"),
     "pixel_values": ("pixel_values", "images", "image", "pixels", "img", "x"),
     "input_values": (
@@ -114,6 +102,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "ids",
         "input_ids",
         "y",
+        "decoder_tokens",
+        "target_ids",
+        "tgt_ids",
     ),
     "encoder_hidden_states": (
         "encoder_hidden_states",

@@ -24,14 +24,25 @@ def mm(r: Recorder, x: Any, w: Any) -> Any:
         return _rows(r, w, x, -1)
     if _looks_up(r, w, x, 0):  # a transposed look-up
         return _contiguous(r, r.call(aten.t.default, _rows(r, r.call(aten.t.default, x), w, 0)))
-    return r.call(aten.mm.default, x, w)
+    return _scaled_last(r, aten.mm.default, x, w)
+
+
+def _scaled_last(r: Recorder, op: Any, x: Any, w: Any) -> Any:
+    """(x * s) @ y is (x @ y) * s for a weight s of one element: the scale comes last, however it was written."""
+    for i, t in enumerate((x, w)):
+        found = r.scaled(t)
+        if found is not None and found[1].numel() == 1 and found[0].shape == t.shape:
+            value, scale = found
+            y = r.call(op, *((value, w) if i == 0 else (x, value)))
+            return r.call(aten.mul.Tensor, y, r.call(aten.view.default, scale, []) if scale.ndim else scale)
+    return r.call(op, x, w)
 
 
 def bmm(r: Recorder, x: Any, w: Any) -> Any:
     if x.shape[0] == 1 and (_looks_up(r, x, w, -1) or _looks_up(r, w, x, 1)):
         y = mm(r, *(r.call(aten.squeeze.dim, t, 0) for t in (x, w)))
         return r.call(aten.unsqueeze.default, y, 0)
-    return r.call(aten.bmm.default, x, w)
+    return _scaled_last(r, aten.bmm.default, x, w)
 
 
 def _looks_up(r: Recorder, x: Tensor, w: Tensor, axis: int) -> bool:

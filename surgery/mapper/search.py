@@ -398,16 +398,18 @@ class Search:
         return out
 
     def _settled_apart(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
-        """The hypotheses in which a value put together from others is known, by settling one after the other: of what
-        is known in the target by now, the reference's sum of the whole still has every addend."""
+        """The hypotheses in which a value put together from others, or taken out of one, is known, by settling one
+        after the other: of what is known in the target by now, the reference's sum of the whole still has every
+        addend."""
         parts = self._joined(h, vid)
-        hs = [h.fork()] if len(parts) > 1 else []
+        hs = [h.fork()] if parts != [vid] else []
         for part in parts:
             hs = [g for k in hs for g in self._settle(k, part) if part not in g.tainted]
         return [g for g in hs if g.known(vid) is not None]
 
     def _joined(self, h: Hypothesis, vid: int) -> list[int]:
-        """The values that a concatenation joins, before they were moved into their places."""
+        """The values that a concatenation joins, before they were moved into their places; or the one that something
+        is a part of."""
         value = h.tape.values[vid]
         node = h.tape.nodes[value.node] if value.origin == "node" else None
         if node is None or h.kind(node) != "layout":

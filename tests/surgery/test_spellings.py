@@ -315,3 +315,70 @@ def test_scores_reckoned_twice(a: bool, b: bool) -> None:
 
 def test_scores_under_another_scale() -> None:
     refused(Chosen(False, 0.5), Chosen(True, 0.25), tokens)
+
+
+class Scored(nn.Module):
+    """Two towers and a temperature; `first`: where the temperature stands."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.a, self.b, self.first = nn.Linear(6, 4, bias=False), nn.Linear(5, 4, bias=False), first
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = (nn.functional.normalize(t, dim=-1) for t in (self.a(x[0]), self.b(x[1])))
+        if self.first == "left":
+            return self.scale.exp() * a @ b.t()
+        if self.first == "right":
+            return a @ (self.scale.exp() * b.t())
+        return self.scale.exp() * (a @ b.t())
+
+
+@pytest.mark.parametrize("theirs", ["left", "right", "last"])
+@pytest.mark.parametrize("mine", ["left", "right", "last"])
+def test_a_scale_of_one_element_commutes_with_a_product(theirs: str, mine: str) -> None:
+    torch.manual_seed(0)
+    reference, own = Scored(theirs), Scored(mine)
+    own.load_state_dict({n: torch.randn_like(t) for n, t in own.state_dict().items()})
+    with torch.no_grad():
+        reference.scale.fill_(0.3)
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        return torch.randn(3, 6, generator=g), torch.randn(4, 5, generator=g)
+
+    def run(module: nn.Module, x: Any) -> Tensor:
+        return module(x)
+
+    probe = surgery.Probe(reference, run, run, inputs)
+    report = surgery.graft(reference.state_dict(), own, probe=probe, require="proven")
+    assert report.verdict == "proven"
+
+
+class Tokens(nn.Module):
+    """A norm over all tokens, of which a head of its own takes the first two."""
+
+    def __init__(self, head: bool) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(12, 3) if head else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x + self.mix(x).tanh())
+        return y if self.head is None else self.head(y[:, :2].flatten(1))
+
+
+def test_a_part_of_a_value_that_only_a_new_head_reads() -> None:
+    torch.manual_seed(0)
+    reference, own = Tokens(head=False), Tokens(head=True)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+
+    def inputs(seed: int) -> Tensor:
+        return torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(seed))
+
+    probe = surgery.Probe(reference, lambda m, x: m(x), None, inputs)
+    report = surgery.graft(reference.state_dict(), own, probe=probe, require="proven")
+    assert report.verdict == "proven"
+    assert torch.equal(own.norm.weight, reference.norm.weight)
