@@ -118,7 +118,19 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "audio_features",
         "hidden_states",
         "xa",
+        "enc_out",
+        "cross",
     ),
+    "past_values": ("past_values", "x", "series", "history", "past", "values", "x_enc", "window", "insample_y", "y"),
+    "past_time_features": ("past_time_features", "x_mark_enc", "past_features", "past_marks", "past_times"),
+    "past_observed_mask": ("past_observed_mask", "observed", "observed_mask", "past_observed"),
+    "future_values": ("future_values", "x_dec", "future", "targets", "target"),
+    "future_time_features": ("future_time_features", "x_mark_dec", "future_features", "future_marks", "future_times"),
+    "static_categorical_features": ("static_categorical_features", "static_cat", "categories", "statics"),
+    "static_real_features": ("static_real_features", "static_real", "static_reals"),
+    "inputs_embeds": ("inputs_embeds", "x", "features", "inputs", "series", "x_enc", "x_dec", "embeds"),
+    "trend": ("trend", "trend_init", "trend_part"),
+    "patch_input": ("patch_input", "patches", "x"),
 }
 # True, or 1, where there is only padding: the inverse of an attention mask, as in torch's own modules.
 PADDING = ("key_padding_mask", "src_key_padding_mask", "padding_mask", "pad_mask", "padding", "pad", "is_pad")
