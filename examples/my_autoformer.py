@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def waves(length: int, width: int) -> Tensor:
-    """Sines in the first half, cosines in the second."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angle = torch.arange(length)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 def season(x: Tensor, window: int) -> Tensor:
     """What is left of a series without its moving average."""
     ends = (window - 1) // 2
@@ -69,14 +62,14 @@ class MyAutoformer(nn.Module):
         d_model: int = 64,
         encoder_layers: int = 4,
         encoder_ffn_dim: int = 32,
-        context_length: int = 24,
+        positions: int = 48,
         moving_average: int = 25,
         autocorrelation_factor: int = 3,
         classes: int = 2,
     ) -> None:
         super().__init__()
         self.project = nn.Linear(feature_size, d_model, bias=False)
-        self.register_buffer("places", waves(context_length, d_model), persistent=False)
+        self.places = nn.Parameter(torch.zeros(positions, d_model), requires_grad=False)
         self.norm = nn.LayerNorm(d_model)
         self.layers = nn.ModuleList(
             Layer(d_model, encoder_ffn_dim, moving_average, autocorrelation_factor) for _ in range(encoder_layers)

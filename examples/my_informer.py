@@ -13,13 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def waves(length: int, width: int) -> Tensor:
-    """Sines in the first half, cosines in the second."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angle = torch.arange(length)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 class Layer(nn.Module):
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -61,12 +54,12 @@ class MyInformer(nn.Module):
         encoder_layers: int = 4,
         encoder_attention_heads: int = 2,
         encoder_ffn_dim: int = 32,
-        context_length: int = 24,
+        positions: int = 48,
         classes: int = 2,
     ) -> None:
         super().__init__()
         self.project = nn.Linear(feature_size, d_model, bias=False)
-        self.register_buffer("places", waves(context_length, d_model), persistent=False)
+        self.places = nn.Embedding(positions, d_model)
         self.norm = nn.LayerNorm(d_model)
         self.layers = nn.ModuleList(
             Layer(d_model, encoder_attention_heads, encoder_ffn_dim) for _ in range(encoder_layers)
@@ -75,7 +68,7 @@ class MyInformer(nn.Module):
         self.judge = nn.Linear(d_model, classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.norm(self.project(features) + self.places[: features.shape[1]])
+        x = self.norm(self.project(features) + self.places.weight[: features.shape[1]])
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i < len(self.halves):

@@ -43,11 +43,15 @@ def embedding(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProb
     shape = (2, known.num_input_channels, patches, known.patch_length)
     return zoo.PartProbe(
         module,
-        lambda m, x: (m.positional_encoder(m.embedder(x["patch_input"])),),
+        _embed,
         drawn({"plain": {"patch_input": shape}}),
         _VARIANTS,
         ("embeddings",),
     )
+
+
+def _embed(module: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return (module.positional_encoder(module.embedder(x["patch_input"])),)
 
 
 def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
