@@ -127,7 +127,7 @@ def _checks(host: Host, plugin: Plugin) -> Iterator[tuple[str, str]]:
         for entry in entries
         for part in entry.parts
         for layout in entry.layouts
-        if not part.tensors.get(layout)
+        if layout not in part.tensors  # an empty tuple says that it has none of it
     ]
     yield "its parts are known in every layout", "; ".join(bare)
 

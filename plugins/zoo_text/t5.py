@@ -37,13 +37,13 @@ PARTS = (
     ),
     Part(
         "decoder",
-        {"model": _DECODER, "encoder": ("decoder.*",)},
+        {"model": _DECODER, "encoder": ()},
         probe="zoo_text.t5:decoder_probe",
         outputs=("last_hidden_state",),
     ),
     Part(
         "head",
-        {"model": ("lm_head.weight",), "encoder": ("lm_head.weight",)},
+        {"model": ("lm_head.weight",), "encoder": ()},
         probe="zoo_text.t5:head_probe",
         outputs=("logits",),
     ),
