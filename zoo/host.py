@@ -279,7 +279,8 @@ class Host:
             raise ZooError(
                 f'no plugin opens "{text}"',
                 kind="unknown",
-                hint=f"zoo plugins shows those there are; a repository of the hub opens as hf:org/repo (was {text})",
+                hint=f"the name must be {reference.scheme}'s own, of published weights; zoo plugins shows who opens "
+                "them; a repository of the hub opens as hf:org/repo",
             )
         if len(answers) > 1:
             raise self._conflict(text, answers)

@@ -25,21 +25,16 @@ def family_of(architecture: str) -> Family | None:
     return max(fits, key=lambda fit: fit[0])[1] if fits else None
 
 
-def resolve(name: str) -> Entry:
+def resolve(name: str) -> Entry | None:
     """The entry for timm:NAME, where NAME is as in timm: an architecture, or architecture.tag for certain weights.
 
     A name with a tag is a repository's name already. Which weights are an architecture's first is in the catalogue
-    here, for those that it has; for others timm is asked.
+    here, for those that it has; for others timm is asked. None where it has none.
     """
     architecture, _, tag = name.partition(".")
     location = f"timm/{name}" if tag else _listed(architecture) or _asked(architecture)
-    if location is None:
-        return Entry(
-            f"timm:{name}",
-            open=False,
-            modality="vision",
-            note=f"timm has no model {architecture} with published weights; timm.list_pretrained() lists them",
-        )
+    if location is None:  # timm has no model of that name with published weights
+        return None
     source = {"default": (Source("hub", location),)}
     family = family_of(architecture)
     if family is not None:
