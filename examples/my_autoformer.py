@@ -1,6 +1,6 @@
 """An encoder that relates a series to itself at other times, as one writes it for oneself, and a small head.
 
-    zoo graft autoformer-encoder examples/my_autoformer.py
+    zoo graft autoformer-encoder examples/my_autoformer.py --fit
 
 It takes features, [B, T, F]: lagged values, time features and what is known of the series.
 """

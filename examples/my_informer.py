@@ -1,6 +1,6 @@
 """An encoder of series that halves its length layer by layer, as one writes it for oneself, and a small head.
 
-    zoo graft informer-encoder examples/my_informer.py
+    zoo graft informer-encoder examples/my_informer.py --fit
 
 It takes features, [B, T, F]: lagged values, time features and what is known of the series. It attends to all keys:
 where a series is short, an Informer's sparse attention does the same.

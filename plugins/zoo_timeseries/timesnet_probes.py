@@ -1,7 +1,7 @@
 """References for TimesNet: neuralforecast's modules, sized by the shapes of the tensors and by its hyper-parameters.
 
-How many periods a block looks at (top_k) is in no tensor. neuralforecast writes it into the file; a file of
-Time-Series-Library does not say, and its default of 5 is taken, or `top_k` of a config.json.
+How many periods a block looks at (top_k) is in no tensor, and changes what is computed. neuralforecast writes it into
+the file; a file of Time-Series-Library does not say, and without a config.json that does, it is not run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from zoo_timeseries.running import drawn
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
-
-_TOP_K = 5
 
 
 def _neuralforecast() -> Any:
@@ -83,7 +81,14 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
     timesnet = _neuralforecast()
     blocks, kernels, width, inner = _blocks(checkpoint)
     settings = _settings(checkpoint, config)
-    top_k = int(settings.get("top_k", _TOP_K))
+    if "top_k" not in settings:  # it changes what is computed, and no tensor tells it
+        raise zoo.ZooError(
+            f"{checkpoint.source} does not say how many periods a block looks at (top_k), and no tensor tells it",
+            kind="weights",
+            hint='put a config.json with {"top_k": N} beside it, N as in training (the library\'s default is 5); '
+            "or graft with --static, which runs nothing",
+        )
+    top_k = int(settings["top_k"])
     # The part holds no tensor of that length; any will do that has more frequencies than top_k.
     length = int(settings.get("input_size", 24)) + int(settings.get("h", 8))
 

@@ -332,25 +332,37 @@ def timesnet(forecasters: Any, tmp_path_factory: pytest.TempPathFactory) -> tupl
     model = shaken(forecasters.TimesNet(h=4, input_size=12, **sizes))
     folder = tmp_path_factory.mktemp("timesnet")
     model.save(str(folder / "model.ckpt"))
-    torch.save(model.state_dict(), folder / "checkpoint.pth")
-    # Of several devices; and as Lightning has it, as neuralforecast wrote it before its version 3.3.
-    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, folder / "parallel.pth")
+    # As Time-Series-Library saves it; and as Lightning has it, as neuralforecast wrote it before its version 3.3.
     lightning = {"epoch": 1, "state_dict": model.state_dict(), "hyper_parameters": {"h": 4, "top_k": 2}}
-    torch.save(lightning, folder / "lightning.ckpt")
+    for place in (folder, folder / "told"):
+        place.mkdir(exist_ok=True)
+        torch.save(model.state_dict(), place / "checkpoint.pth")
+        torch.save(lightning, place / "lightning.ckpt")
+    (folder / "told" / "config.json").write_text(json.dumps({"top_k": 2}))
     return model, folder
 
 
-@pytest.mark.parametrize(("file", "periods"), [("model.ckpt", 2), ("checkpoint.pth", 5), ("lightning.ckpt", 5)])
-def test_timesnet_from_a_file(timesnet: Any, run: Any, root: Path, file: str, periods: int) -> None:
+@pytest.mark.parametrize("file", ["model.ckpt", "told/checkpoint.pth", "told/lightning.ckpt"])
+def test_timesnet_from_a_file(timesnet: Any, run: Any, root: Path, file: str) -> None:
     ref = f"file:{timesnet[1] / file}"
     status, done, err = run("show", ref)
     assert status == 0, err
     assert {part["name"] for part in done["parts"]} == {"embedding", "encoder", "head"}
-    mine = example(root, "timesnet", {"width": 8, "inner": 6, "kernels": 2, "periods": periods})
+    mine = example(root, "timesnet", {"width": 8, "inner": 6, "kernels": 2, "periods": 2})
     status, done, err = run("graft", f"{ref}#encoder", *mine, "-o", "mine.safetensors")
     assert (status, done.get("verdict")) == (0, "proven"), err
     status, done, err = run("verify", f"{ref}#encoder", *mine, "--weights", "mine.safetensors")
     assert (status, done.get("verdict")) == (0, "proven"), err
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pth", "lightning.ckpt"])
+def test_what_no_tensor_tells_is_not_assumed(timesnet: Any, run: Any, root: Path, file: str) -> None:
+    """The same weights compute something else with another number of periods."""
+    mine = example(root, "timesnet", {"width": 8, "inner": 6, "kernels": 2, "periods": 2})
+    status, done, err = run("graft", f"file:{timesnet[1] / file}#encoder", *mine, "-o", "mine.safetensors")
+    assert status == 2, err
+    assert "top_k" in json.dumps(done)
+    assert not Path("mine.safetensors").exists()
 
 
 def test_timesnet_as_a_whole(timesnet: Any) -> None:
