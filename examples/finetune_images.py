@@ -48,7 +48,20 @@ def train(model: nn.Module, groups: list[dict], x: Tensor, y: Tensor, *, pretrai
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    if not pretrained:
+        settle(model, x)
     return losses
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """The norms' statistics of the weights as they are now: those gathered in few steps are of weights on the way."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # an average over all that follows
+    with torch.no_grad():
+        for part in x.split(50):
+            model(part)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -74,7 +74,7 @@ def _encoder(
     if sentence.is_file():
         longest = min(longest, int(json.loads(sentence.read_text()).get("max_seq_length") or longest))
     words = next((name for name in made.outputs if name in ("logits", "prediction_logits")), None)
-    fills = words is not None and tokenizer.mask_token is not None and _is_vocabulary(checkpoint, config)
+    fills = words is not None and tokenizer.mask_token is not None and _is_vocabulary(checkpoint)
     mean = _pools_by_mean(folder)
 
     def forward(module: nn.Module, x: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _encoder(
     return zoo.Loaded(made.reference, _tokens(tokenizer, longest), forward, describe)
 
 
-def _is_vocabulary(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+def _is_vocabulary(checkpoint: Checkpoint) -> bool:
     return any(name.startswith(("cls.predictions", "lm_head", "vocab_")) for name in checkpoint)
 
 

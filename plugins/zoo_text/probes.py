@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoo
-from zoo_text.running import Inputs, configured, fill, hidden_inputs, made, token_inputs
+from zoo_text.running import Inputs, configured, fill, hidden_inputs, token_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,7 +39,7 @@ class Family:
     def embeddings(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         """From token ids to the sum of embeddings, normalised."""
         known = self._configured(config)
-        module = made(lambda: self._body(known, pooler=False).embeddings)
+        module = zoo.unfilled(lambda: self._body(known, pooler=False).embeddings)
         at = self._prefix(checkpoint)
         fill(module, checkpoint, lambda name: f"{at}embeddings.{name}")
         return zoo.PartProbe(module, _embed, self._inputs(known), outputs=("embeddings",))
@@ -47,7 +47,7 @@ class Family:
     def encoder(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         """From token ids to the last hidden state."""
         known = self._configured(config)
-        module = made(lambda: self._body(known, pooler=False))
+        module = zoo.unfilled(lambda: self._body(known, pooler=False))
         at = self._prefix(checkpoint)
         fill(module, checkpoint, lambda name: at + name)
         return zoo.PartProbe(module, _last_hidden, self._inputs(known), outputs=("last_hidden_state",))
@@ -55,7 +55,7 @@ class Family:
     def pooling(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         """From hidden states to one vector per sequence, by the first token."""
         known = self._configured(config)
-        module = made(lambda: self._body(_without_layers(known), pooler=True).pooler)
+        module = zoo.unfilled(lambda: self._body(_without_layers(known), pooler=True).pooler)
         at = self._prefix(checkpoint)
         fill(module, checkpoint, lambda name: f"{at}pooler.{name}")
         return zoo.PartProbe(module, _call, hidden_inputs(known.hidden_size), _NO_PADDING, ("pooler_output",))
@@ -67,7 +67,7 @@ class Family:
         name = self.heads.get(groups) or self.heads.get(groups | {"pooler"})
         if name is None:
             raise _no_class(self.name, groups, checkpoint)
-        model = made(lambda: self._classed(name, _without_layers(known), checkpoint))
+        model = zoo.unfilled(lambda: self._classed(name, _without_layers(known), checkpoint))
         module = Heads(model, str(model.base_model_prefix))
         fill(module, checkpoint)
         inputs = hidden_inputs(known.hidden_size)
@@ -81,12 +81,12 @@ class Family:
         at = self._prefix(checkpoint)
         inputs = self._inputs(known)
         if groups <= {"pooler"}:
-            model = made(lambda: self._body(known, pooler="pooler" in groups))
+            model = zoo.unfilled(lambda: self._body(known, pooler="pooler" in groups))
             fill(model, checkpoint, lambda name: at + name)
             return _whole(model, "", inputs)
         if groups not in self.heads:
             raise _no_class(self.name, groups, checkpoint)
-        model = made(lambda: self._classed(self.heads[groups], known, checkpoint))
+        model = zoo.unfilled(lambda: self._classed(self.heads[groups], known, checkpoint))
         fill(model, checkpoint)
         return _whole(model, str(model.base_model_prefix), inputs)
 

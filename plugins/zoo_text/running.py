@@ -38,10 +38,6 @@ def configured(kind: type[PretrainedConfig], config: Mapping[str, Any]) -> Pretr
     return made
 
 
-def made(build: Callable[[], nn.Module]) -> nn.Module:
-    return zoo.unfilled(build)
-
-
 def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = str) -> None:
     zoo.fill(module, checkpoint, at, spellings=_OLD)
 
