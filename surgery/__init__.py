@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery import rules as rules
     from surgery.checkpoint import Checkpoint as Checkpoint
     from surgery.checkpoint import TensorInfo as TensorInfo
     from surgery.checkpoint import open as open
@@ -68,12 +69,15 @@ __all__ = [
     "open",
     "plan",
     "register",
+    "rules",
     "verify",
     "write",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "rules":
+        return importlib.import_module("surgery.rules")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import GraftError
-from surgery.expr import evaluate, kind
+from surgery.expr import evaluate_unrounded
 from surgery.plan import Plan
 from surgery.running import own_tensors
 from surgery.twin import lift
@@ -35,11 +35,7 @@ def stage(plan: Plan, source: Checkpoint, target: nn.Module) -> dict[str, Tensor
         if row.expr is None:
             continue
         mine = own[row.target]
-
-        def wide(name: str) -> Tensor:
-            return lift(source.read(name))
-
-        value = evaluate(row.expr, source.read if kind(row.expr) == "exact" else wide)
+        value = evaluate_unrounded(row.expr, source.read, lift)
         device = torch.device("cpu") if mine.is_meta else mine.device
         stored = torch.empty(mine.shape, dtype=mine.dtype, device=device).copy_(value)
         if mine.is_floating_point() and torch.finfo(mine.dtype).max < torch.finfo(torch.bfloat16).max:

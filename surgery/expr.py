@@ -237,6 +237,13 @@ def rename(expr: Expr, to: Callable[[str], str] | Mapping[str, str]) -> Expr:
     return Call(expr.op, tuple(rename(arg, to) for arg in expr.args), expr.params)
 
 
+def substituted(expr: Expr, rows: Mapping[str, Expr]) -> Expr:
+    """The expression with expressions in place of the tensors that `rows` names."""
+    if isinstance(expr, Name):
+        return rows.get(expr.name, expr)
+    return Call(expr.op, tuple(substituted(arg, rows) for arg in expr.args), expr.params)
+
+
 def substitute(expr: Expr, values: Mapping[str, int]) -> Expr:
     """The expression with `{i}`, `{i+1}`, `{2*i}` ... filled in; an index that `values` does not hold stays."""
     return rename(expr, lambda name: fill(name, values))
@@ -282,7 +289,23 @@ def evaluate(expr: Expr, read: Callable[[str], Tensor]) -> Tensor:
     throughout. The result may be a view of what `read` gave, or that itself: treat it as read-only."""
     if isinstance(expr, Name):
         return read(expr.name)
-    tensors = [evaluate(arg, read) for arg in expr.args]
+    return _applied(expr, [evaluate(arg, read) for arg in expr.args])
+
+
+def evaluate_unrounded(expr: Expr, read: Callable[[str], Tensor], lift: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value before it is stored: relayouts in the type of what they read, arithmetic after `lift`, which raises to
+    float64. An op whose published rule changes the function (approximate, lossy) computes in the type that is stored,
+    as the rule's own library does, and its result is raised: every evaluation of it gives the same numbers."""
+    if kind(expr) == "exact":
+        return evaluate(expr, read)
+    if isinstance(expr, Name):
+        return lift(read(expr.name))
+    if ops.get(expr.op).kind in ("approximate", "lossy") and expr.op != "cast":
+        return lift(evaluate(expr, read))
+    return _applied(expr, [lift(evaluate_unrounded(arg, read, lift)) for arg in expr.args])
+
+
+def _applied(expr: Call, tensors: list[Tensor]) -> Tensor:
     here = next((t.device for t, arg in zip(tensors, expr.args, strict=True) if names(arg)), None)
     if here is not None:  # constants are made on the CPU and follow the tensors that were read
         tensors = [t if names(arg) else t.to(here) for t, arg in zip(tensors, expr.args, strict=True)]

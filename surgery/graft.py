@@ -15,6 +15,7 @@ from surgery.checkpoint import Checkpoint, TensorInfo
 from surgery.checkpoint import open as open_checkpoint
 from surgery.errors import GraftError, PlanError, SurgeryError
 from surgery.plan import Plan, Row, Stamp, Status
+from surgery.prepared import Prepared
 from surgery.probe import Probe
 from surgery.proof import Proof
 from surgery.report import Report, Verdict
@@ -42,10 +43,11 @@ def plan(
     called new. Where several mappings fit, the verdict is "ambiguous" and `candidates` holds them."""
     from surgery.judge import untouched_generators
 
-    _no_rules(rules)
     module = _submodule(target, into)
     with untouched_generators():
-        return _find(open_checkpoint(source), module, probe, _inside(kept, into, target))
+        made = Prepared.of(open_checkpoint(source), probe, rules)
+        found = _find(made.source, module, made.probe, _inside(kept, into, target))
+        return made.outward(found, infos(module))
 
 
 def graft(
@@ -70,30 +72,36 @@ def graft(
     from surgery.judge import untouched_generators
 
     needed = _verdict(require)
-    _no_rules(rules)
     module = _submodule(target, into)
     _check_allowed(module, allow_different)
-    checkpoint = open_checkpoint(source)
     kept = frozenset(kept)
     inside = _inside(kept, into, target)
     with untouched_generators():
+        made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
         if plan is None:
-            found = _find(checkpoint, module, probe, inside)
+            inner = _find(made.source, module, made.probe, inside)
         else:
-            found = _with_kept(_relative(plan, module, into), module, inside)
+            given = _with_kept(_relative(plan, module, into), module, inside)
+            given.check(made.base, infos(module))
+            inner = made.inward(given)
         proof: Proof | None = None
-        fits = plan is not None or found.verdict != "ambiguous"
+        fits = plan is not None or inner.verdict != "ambiguous"
         if fits:
-            found.check(checkpoint, infos(module))
-            found, proof = _judged(checkpoint, module, found, probe, given=plan is not None)
-        report = _report(found, proof, checkpoint, target, into, kept)
+            inner.check(made.source, infos(module))
+            inner, proof = _judged(made.source, module, inner, made.probe, given=plan is not None)
+        found = made.outward(inner, infos(module))
+        if proof is not None:
+            proof = made.proof(proof, found)
+            if inner.verdict == "proven" and proof.verdict == "adapted":
+                found = found.with_verdict("adapted", proven=found.proven)
+        report = _report(found, proof, made.base, target, into, kept)
         if report.verdict.rank < needed.rank:
             if proof is not None and report.verdict is Verdict.REFUTED:
                 _refuse_departure(proof, allow_different, report)
             raise _refusal(report, needed)
         if not fits:
-            found.check(checkpoint, infos(module))
-        apply.write(module, apply.stage(found, checkpoint, module))
+            found.check(made.base, infos(module))
+        apply.write(module, apply.stage(found, made.base, module))
         done = {r.target for r in found.rows if r.status in (Status.FILLED, Status.SYNTHESISED, Status.CONSTANT)}
         done |= {r.target for r in found.rows if r.tied_to in done}
         apply.remember(module, frozenset(done))
@@ -107,22 +115,25 @@ def verify(
     *,
     probe: Probe,
     passes: Sequence[str] = ("cpu/float64",),
+    rules: Iterable[object] = (),
     into: str = "",
 ) -> Proof:
     """Prove a plan again: what `target` would compute with it against the reference, in each of `passes`
     ("device/type"). Changes nothing. The float64 proof is always run; a pass whose device is not there is listed as
-    not run."""
+    not run. `rules`: where they are not those that the plan carries."""
     from surgery.judge import Judge, untouched_generators
     from surgery.passes import parse
 
     for name in passes:
         parse(name)
     module = _submodule(target, into)
-    checkpoint = open_checkpoint(source)
     relative = _relative(plan, module, into)
-    relative.check(checkpoint, infos(module))
     with untouched_generators():
-        return Judge(checkpoint, module, relative, probe).prove(passes)
+        made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
+        relative.check(made.base, infos(module))
+        assert made.probe is not None
+        proof = Judge(made.source, module, made.inward(relative), made.probe).prove(passes)
+        return made.proof(proof, relative)
 
 
 def infos(module: nn.Module) -> dict[str, TensorInfo]:
@@ -343,6 +354,7 @@ def _verdict(require: str) -> Verdict:
         ) from None
 
 
-def _no_rules(rules: Iterable[object]) -> None:
-    for rule in rules:
-        raise SurgeryError(f"unknown rule {rule!r}", hint="No rules are registered; edit the rows of a plan instead.")
+def _rules(plan: Plan | None, given: Iterable[object]) -> tuple[object, ...]:
+    """The rules that hold: those given, behind those that the plan was made with."""
+    own = plan.rules if plan is not None else ()
+    return (*given, *(rule for rule in own if rule not in {str(each) for each in given}))

@@ -63,6 +63,7 @@ class Row:
     alternatives: tuple[str, ...] = ()  # mappings that were refuted: "expression: by what"
     tied_to: str | None = None
     note: str = ""  # why it is new, constant, kept ...
+    aside: Expr | None = None  # what a rule kept a new tensor from being; the rest is proven with it in place
 
     def __post_init__(self) -> None:
         # frozen, so the canonical types are set past the guard
@@ -75,11 +76,18 @@ class Row:
         if (self.tied_to is not None) != (self.status is Status.TIED):
             wanted = "names the tensor it is tied to" if self.tied_to is None else "is tied to none"
             raise PlanError(f"row {self.target}: a {self.status} tensor {wanted}")
+        if self.aside is not None and self.status is not Status.NEW:
+            raise PlanError(f"row {self.target}: a {self.status} tensor has nothing set aside")
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The source tensors that it reads."""
         return names(self.expr) if self.expr is not None else ()
+
+    @property
+    def set_aside(self) -> tuple[str, ...]:
+        """The source tensors that it would read but for a rule."""
+        return names(self.aside) if self.aside is not None else ()
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,10 @@ class Plan:
     diagnosis: str = ""  # what stands in the way, where it is ambiguous or refuted
     proven: tuple[str, ...] = ()  # what running said, a sentence each
     verdict_for: str | None = None  # what the verdict is bound to; filled in where left out
+    rules: tuple[str, ...] = ()  # what was asked for otherwise than the source has it, as a file of rules spells it
 
     def __post_init__(self) -> None:
-        for name in ("rows", "dropped", "symmetries", "notes", "candidates", "proven"):
+        for name in ("rows", "dropped", "symmetries", "notes", "candidates", "proven", "rules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.verdict is None:
             object.__setattr__(self, "verdict_for", None)
@@ -162,11 +171,13 @@ class Plan:
         for row in sorted(self.rows, key=lambda row: row.target):
             value = row.tied_to if row.expr is None else str(row.expr)
             line = [row.target, row.status.value, value, row.dtype, list(row.shape)]
+            if row.aside is not None:
+                line.append(str(row.aside))
             digest.update(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
     def _binding(self, verdict: str) -> str:
-        bound = [verdict, self.rows_hash, self.source.structure, self.target.structure]
+        bound = [verdict, self.rows_hash, self.source.structure, self.target.structure, *self.rules]
         return hashlib.sha256(json.dumps(bound).encode()).hexdigest()
 
     def with_verdict(

@@ -44,13 +44,14 @@ _STATUS = {
 }
 _ABOUT = {
     "dropped": "Source tensors that nothing uses, and why.",
+    "aside": "What new tensors would be but for a rule; the rest was proven with it in place.",
     "evidence": "Why each row is as it is.",
     "alternatives": "What was tried and refuted.",
     "remarks": "",
     "shapes": "Every target tensor, in order.",
 }
 _TEXTS = ("verdict", "verdict_for", "diagnosis")
-_LISTS = ("proven", "symmetries", "notes")
+_LISTS = ("proven", "symmetries", "notes", "rules")
 _PLAIN = {"version", "fold", "candidate", "source", "target", "ranges", *_TEXTS, *_LISTS}
 _STAMP = {"description", "structure", "revision", "files"}
 _SHAPE = re.compile(r"(\S*) \[((?:\d+(?:, *\d+)*)?)\]", re.ASCII)
@@ -122,13 +123,17 @@ def _updated(plan: Plan, path: Path) -> str | None:
 
 
 def _said(plan: Plan) -> dict[str, Any]:
-    return {key: getattr(plan, key) for key in ("verdict", "proven", "verdict_for", "symmetries", "notes", "diagnosis")}
+    return {
+        key: getattr(plan, key)
+        for key in ("verdict", "proven", "verdict_for", "symmetries", "notes", "diagnosis", "rules")
+    }
 
 
 def _all_names(plan: Plan) -> Iterator[str]:
     for row in plan.rows:
         yield row.target
         yield from row.sources
+        yield from row.set_aside
         yield row.tied_to or ""
     yield from (drop.source for drop in plan.dropped)
     for candidate in plan.candidates:
@@ -140,7 +145,7 @@ def _document(plan: Plan, prefix: str, *, folded: bool) -> Iterator[str]:
     yield f"version = {VERSION}\n"
     if not folded:
         yield "fold = false  # names are written out, and braces in them are plain characters\n"
-    for key in ("verdict", "proven", "verdict_for", "diagnosis", "symmetries", "notes"):
+    for key in ("verdict", "proven", "verdict_for", "diagnosis", "rules", "symmetries", "notes"):
         value = getattr(plan, key)
         if value:
             yield f"{key} = {_array(value) if isinstance(value, tuple) else _string(value)}\n"
@@ -187,6 +192,10 @@ def _sections(plan: Plan, prefix: str, ranges: Ranges | None) -> Iterator[str]:
         reasons = [(drop.source, drop.reason) for drop in plan.dropped]
         for source, reason in fold_in_order(reasons, ranges) if ranges else reasons:
             yield f"{_key(source)} = {_string(reason)}\n"
+    asides = [(row.target, row.aside) for row in plan.rows if row.aside is not None]
+    if asides:
+        yield _title(prefix + "aside", _ABOUT["aside"])
+        yield from _fold_exprs(asides, ranges)
     about_rows: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         "evidence": [(row.target, (row.evidence,)) for row in plan.rows if row.evidence],
         "alternatives": [(row.target, row.alternatives) for row in plan.rows if row.alternatives],
@@ -454,6 +463,7 @@ class _Reader:
                 if name in found:
                     raise PlanError(f"{name} stands in {self.where(section)} and under {found[name]['status']} tensors")
                 found[name] = {"status": status, key: value}
+        self._attach(found, "aside", "aside", self.exprs("aside"))
         self._attach(found, "evidence", "evidence", self.texts("evidence"))
         self._attach(found, "remarks", "note", self.texts("remarks"))
         several: dict[str, tuple[str, ...]] = {}

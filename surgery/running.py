@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from surgery import twin
 from surgery.checkpoint import Checkpoint
 from surgery.errors import GraftError, SurgeryError
-from surgery.expr import evaluate, kind
+from surgery.expr import evaluate_unrounded
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
 
@@ -42,13 +42,10 @@ def unrounded(plan: Plan, source: Checkpoint, held: Mapping[str, Tensor] | None 
     def read(name: str) -> Tensor:
         return held[name] if held is not None and name in held else source.read(name)
 
-    def wide(name: str) -> Tensor:
-        return twin.lift(read(name))
-
     values: dict[str, Tensor] = {}
     for row in plan.rows:
         if row.expr is not None:
-            values[row.target] = evaluate(row.expr, read if kind(row.expr) == "exact" else wide)
+            values[row.target] = evaluate_unrounded(row.expr, read, twin.lift)
     for row in plan.rows:
         if row.tied_to is not None and row.tied_to in values:
             values[row.target] = values[row.tied_to]

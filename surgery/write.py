@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from surgery import checkpoint, dtypes
 from surgery.checkpoint import Checkpoint, raw_bytes
 from surgery.errors import CheckpointError, PlanError
-from surgery.expr import Name, evaluate, kind
+from surgery.expr import Name, evaluate, evaluate_unrounded, kind
 from surgery.ops.constant import cast_is_exact
 from surgery.plan import Plan, Row
 from surgery.reader import LocalFile, Span, TensorInfo
@@ -92,10 +92,8 @@ def row_value(row: Row, read: Callable[[str], Tensor], dtype_of: Callable[[str],
     if row.expr is None:
         raise PlanError(f"{row.target}: a {row.status} tensor has no expression")
     if kind(row.expr, dtype_of) == "exact":
-        value = evaluate(row.expr, read)
-    else:
-        value = evaluate(row.expr, lambda name: _lifted(read(name)))
-    return _stored(value, row)
+        return _stored(evaluate(row.expr, read), row)
+    return _stored(evaluate_unrounded(row.expr, read, _lifted), row)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""What rules make of a source and of its reference, before anything is mapped; and plans there and back.
+
+    source  --rules-->  derived source  --mapper, judge-->  plan  --outward-->  plan over the source
+
+The reference that runs must hold the derived source. Blocks that a rule leaves out are taken out of it here; for
+tensors of another size the caller gives a reference that was built so.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from surgery import rules as rules_of
+from surgery.checkpoint import Checkpoint
+from surgery.derived import composed, decomposed, derive
+from surgery.errors import GraftError
+from surgery.expr import kind, names
+from surgery.plan import STALE, Plan
+from surgery.rules import Derivation, Derive, Rule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.expr import Expr
+    from surgery.probe import Probe
+    from surgery.proof import Proof
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source, and what is mapped in its place."""
+
+    base: Checkpoint
+    source: Checkpoint  # what is mapped: the derived one, or the base itself
+    probe: Probe | None
+    rules: tuple[Rule, ...]
+    made: Derivation | None  # None where no rule changes a tensor
+
+    @classmethod
+    def of(cls, base: Checkpoint, probe: Probe | None, rules: Iterable[object]) -> Prepared:
+        """RuleError where a rule does not fit the source."""
+        given = rules_of.checked(rules)
+        made = rules_of.derivation(base, given)
+        if not made.changes:
+            return cls(base, base, probe, given, None)
+        source = derive(base, made.rows)
+        if probe is not None and made.selected:
+            before = derive(base, rules_of.derivation(base, [r for r in given if not _selects(r)]).rows)
+            module = probe.reference
+            for stack, keep in made.selected:
+                module = without_blocks(module, before, stack, keep)
+            probe = replace(probe, reference=module)
+        return cls(base, source, probe, given, made)
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The rules as a plan keeps them: those that follow from the sizes of the target are found anew."""
+        return tuple(str(rule) for rule in self.rules if not (isinstance(rule, Derive) and rule.implied))
+
+    def outward(self, plan: Plan, target: Iterable[str]) -> Plan:
+        """A plan over what is mapped, as the person sees it."""
+        if self.made is not None:
+            plan = composed(plan, self.base, self.made.rows, self.made.why)
+            plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *self.made.notes))))
+        plan = rules_of.set_aside(plan, self.rules, self.base, target)
+        return _ruled(plan, self.said)
+
+    def inward(self, plan: Plan) -> Plan:
+        """A plan over the source, as it is mapped and proven: with what rules set aside in its place."""
+        plan = rules_of.brought_back(plan)
+        return _ruled(plan if self.made is None else decomposed(plan, self.source, self.made.rows), ())
+
+    def proof(self, proof: Proof, plan: Plan) -> Proof:
+        """The proof of the derived source, as one of the source: rows that an op changed are adapted, and so are those
+        that a rule left new."""
+
+        def dtype_of(name: str) -> str:
+            return self.base[name].dtype
+
+        changed = [
+            row.target
+            for row in plan.rows
+            if row.expr is not None and kind(row.expr, dtype_of) in ("approximate", "lossy")
+        ]
+        changed += [row.target for row in plan.rows if row.aside is not None]
+        return replace(proof, adapted=tuple(dict.fromkeys((*proof.adapted, *changed))))
+
+
+def _ruled(plan: Plan, rules: tuple[str, ...]) -> Plan:
+    """The plan with these rules, and its verdict bound to them; a stale one stays stale."""
+    if plan.rules == rules:
+        return plan
+    changed = replace(plan, rules=rules, verdict=None, verdict_for=None)
+    if plan.verdict is None:
+        return changed
+    if plan.verdict == STALE:
+        return replace(changed, verdict=STALE, verdict_for="")
+    return changed.with_verdict(plan.verdict, proven=plan.proven)
+
+
+def _selects(rule: Rule) -> bool:
+    return isinstance(rule, rules_of.SelectLayers)
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+def without_blocks(reference: nn.Module, source: Checkpoint, stack: str, keep: Sequence[int]) -> nn.Module:
+    """The reference with only these blocks of a stack of the source, in this order. Its tensors are shared, not copied.
+
+    The list of blocks is found by the values it holds, whatever it is called. GraftError where there is none.
+    """
+    from surgery.link import link
+
+    found = _lists(link(reference, source), stack)
+    if not found:
+        raise GraftError(
+            f"the reference has no list of blocks that holds {stack} of the source",
+            hint="Give a probe whose reference has only the blocks that are kept, and derive the tensors.",
+        )
+    tensors = {id(t): t for t in itertools.chain(reference.parameters(), reference.buffers())}
+    copied = copy.deepcopy(reference, dict(tensors))
+    for path in found:
+        _keep(copied, path, keep)
+    return copied
+
+
+def _lists(links: Mapping[str, Expr], stack: str) -> list[str]:
+    """The paths of modules whose child number i holds block i of the stack, for every i."""
+    inside = re.compile(rf"{re.escape(stack)}\.(\d+)\." if stack else r"(\d+)\.")
+    seen: dict[str, dict[int, set[int]]] = {}
+    for live, expr in links.items():
+        numbers = {int(found[1]) for name in names(expr) if (found := inside.match(name))}
+        if len(numbers) != 1:
+            continue
+        for place in re.finditer(r"(?:^|(?<=\.))(\d+)(?=\.)", live):
+            at = live[: place.start()].rstrip(".")
+            seen.setdefault(at, {}).setdefault(int(place[1]), set()).update(numbers)
+    return [at for at, blocks in seen.items() if len(blocks) > 1 and all(b == {i} for i, b in blocks.items())]
+
+
+def _keep(module: nn.Module, path: str, keep: Sequence[int]) -> None:
+    from torch import nn
+
+    held = module.get_submodule(path)
+    blocks = list(held.children())
+    chosen = [blocks[i] for i in keep]
+    new: nn.Module
+    if isinstance(held, nn.ModuleList):
+        new = nn.ModuleList(chosen)
+    elif type(held) is nn.Sequential:
+        new = nn.Sequential(*chosen)
+    else:
+        raise GraftError(
+            f"{path} of the reference is a {type(held).__name__}, from which no blocks can be left out",
+            hint="Give a probe whose reference has only the blocks that are kept.",
+        )
+    new.train(held.training)
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, new)
