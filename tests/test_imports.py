@@ -32,6 +32,7 @@ SURGERY = {
     "open",
     "plan",
     "register",
+    "rules",
     "verify",
     "write",
 }

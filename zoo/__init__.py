@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from zoo.host import Host as Host
     from zoo.loaded import Loaded as Loaded
     from zoo.loaded import load as load
+    from zoo.sizes import Body as Body
+    from zoo.sizes import Resized as Resized
+    from zoo.sizes import Sizes as Sizes
 
 # Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
 _HOMES = {
+    "Body": "zoo.sizes",
     "Entry": "zoo.entry",
     "Format": "surgery",
     "HOOK_API": "zoo.hooks",
@@ -41,6 +45,8 @@ _HOMES = {
     "Part": "zoo.entry",
     "PartProbe": "zoo.entry",
     "Recognition": "zoo.entry",
+    "Resized": "zoo.sizes",
+    "Sizes": "zoo.sizes",
     "Source": "zoo.entry",
     "ZooError": "zoo.errors",
     "entries": "zoo.api",
@@ -55,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want it spelled out
+    "Body",
     "Entry",
     "Format",
     "HOOK_API",
@@ -63,6 +70,8 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "Part",
     "PartProbe",
     "Recognition",
+    "Resized",
+    "Sizes",
     "Source",
     "ZooError",
     "__version__",

@@ -6,8 +6,8 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from zoo.out import Out
 if TYPE_CHECKING:
     import surgery
     from surgery.proof import Proof
-    from zoo.grafting import Source
+    from zoo.grafting import Attempt, Source
     from zoo.target import Target
 
 _REQUIRE = ("proven", "adapted", "consistent")
@@ -46,6 +46,8 @@ class Asked:
     accept: int | None
     require: str
     why: bool
+    rules: str | None = None
+    layers: str | None = None
 
 
 def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +64,8 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--into", default="", metavar="PATH", help="Graft into this submodule, as in encoder.text.")
     @click.option("--init", metavar="OWN.safetensors", help="Start from your own weights; what stays is kept, not new.")
     @click.option("--plan", metavar="PLAN.graft.toml", help="Apply this plan, edited or not; nothing is searched.")
+    @click.option("--rules", metavar="FILE", help="What you want otherwise, a rule a line: see zoo graft in the docs.")
+    @click.option("--layers", metavar="0,2,4", help="Keep these blocks of the source and leave the others out.")
     @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
     @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
     @click.option("--require", type=click.Choice(_REQUIRE), default="consistent", help="The least verdict to accept.")
@@ -79,7 +83,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
 def plan(out: Out, asked: Asked) -> int:
     job = _prepare(out, asked)
     _wait(out, job)
-    report = _operate(job, asked, force=False)
+    report, job = _operate(job, asked, force=False)
     _tell(out, job, asked, report, [])
     if _accepted(report, asked, force=False):
         out.hint(f"zoo graft {asked.ref} {asked.file} writes the weights")
@@ -99,7 +103,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
     written.check_free(weights, asked.plan)
     job = _prepare(out, asked)
     _wait(out, job)
-    report = _operate(job, asked, force=force)
+    report, job = _operate(job, asked, force=force)
     good = _accepted(report, asked, force=force)
     wrote = []
     if good:
@@ -146,26 +150,10 @@ def verify(
     )
     job = _prepare(out, asked)
     wrong = written.differences(made, job.source, job.target.model)
-    if job.probe is None:
+    if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
-    import surgery
-    from zoo.grafting import outputs_left, with_outputs
-
-    def run(probe: surgery.Probe) -> Proof:
-        with _running(job.target):
-            return surgery.verify(
-                job.source.checkpoint,
-                job.target.model,
-                made.plan,
-                probe=probe,
-                passes=passes or ("cpu/float64",),
-                into=into,
-            )
-
-    proof = run(job.probe)
-    kept, _ = outputs_left(job.source.checkpoint, job.probe, made.plan, proof)
-    if kept:
-        proof = run(with_outputs(job.probe, kept))
+    with _running(job.target):
+        proof = _verified(job, made.plan, passes or ("cpu/float64",), into)
     good = not wrong and proof.verdict in ("proven", "adapted")
     verdict = proof.verdict if good or proof.verdict not in ("proven", "adapted") else "differs"
     message = "; ".join([*wrong, *([proof.message] if proof.message else [])])
@@ -181,6 +169,27 @@ def verify(
     return 0 if good else NO
 
 
+def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) -> Proof:
+    """The proof of a plan, by the way it was made."""
+    import surgery
+    from zoo.grafting import outputs_left, with_outputs
+
+    last: surgery.PlanError | None = None
+    for way in job.ways():
+        assert way.probe is not None
+        held, rules = job.source.checkpoint, way.change.rules if way.change is not None else ()
+        run = partial(surgery.verify, held, job.target.model, plan, passes=passes, rules=rules, into=into)
+        try:
+            proof = run(probe=way.probe)
+        except surgery.PlanError as error:  # it was made in other sizes
+            last = error
+            continue
+        kept, _ = outputs_left(way.change.source.checkpoint if way.change else held, way.probe, plan, proof)
+        return run(probe=with_outputs(way.probe, kept)) if kept else proof
+    assert last is not None  # there always is a way
+    raise last
+
+
 # ---------------------------------------------------------------------------------------------------- the work
 
 
@@ -190,9 +199,10 @@ class Job:
 
     source: Source
     target: Target
-    probe: surgery.Probe | None
+    ways: Callable[[], Iterator[Attempt]]  # to run both; they are tried in turn
     notes: tuple[str, ...] = ()
     plan: surgery.Plan | None = None  # the one to apply, where one was given
+    rules: tuple[object, ...] = ()
 
 
 def _prepare(out: Out, asked: Asked) -> Job:
@@ -218,23 +228,45 @@ def _prepare(out: Out, asked: Asked) -> Job:
         written.start_from(made.model, asked.init)
     if asked.into:
         grafting.submodule(made.model, asked.into)
+    rules = _rules(asked)
     if asked.static:
-        return Job(source, made, None, ("nothing was run, as --static asks",), given)
-    with _offers_static():
-        runnable = source.reference()
-    if runnable is None:
-        return Job(source, made, None, (f"{source.unrunnable()}; nothing was run",), given)
+        ways = partial(grafting.attempts, source, made.model, into=asked.into, static=True)
+        return Job(source, made, ways, ("nothing was run, as --static asks",), given, rules)
+    if source.probe is None:
+        ways = partial(grafting.attempts, source, made.model, into=asked.into)
+        return Job(source, made, ways, (f"{source.unrunnable()}; nothing was run",), given, rules)
     example = target.example_of(made, asked.example)
-    probe, notes = grafting.probe_for(
-        runnable, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
-    )
-    return Job(source, made, probe, notes, given)
+
+    def tried() -> Iterator[Attempt]:
+        with _offers_static():
+            yield from grafting.attempts(
+                source, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
+            )
+
+    return Job(source, made, tried, (), given, rules)
 
 
 def _wait(out: Out, job: Job) -> None:
     """On a terminal, what takes its time: of a large model, minutes."""
     if out.progress:
         out.note("proving the plan ..." if job.plan is not None else "looking for the mapping, and proving it ...")
+
+
+def _rules(asked: Asked) -> tuple[object, ...]:
+    from surgery import rules
+
+    found: list[object] = list(rules.read(asked.rules)) if asked.rules is not None else []
+    if asked.layers is not None:
+        stack, colon, numbers = asked.layers.rpartition(":")
+        try:
+            keep = [int(number) for number in numbers.split(",")]
+        except ValueError:
+            raise ZooError(
+                f"--layers takes numbers with commas between them, and got {asked.layers!r}",
+                hint="as in --layers 0,2,4; where there are several stacks, --layers encoder.layer:0,2,4",
+            ) from None
+        found.append(rules.select_layers(keep, stack=stack if colon else ""))
+    return tuple(found)
 
 
 def _given(path: str) -> surgery.Plan:
@@ -257,28 +289,33 @@ def _offers_static() -> Iterator[None]:
         raise
 
 
-def _operate(job: Job, asked: Asked, *, force: bool) -> surgery.Report:
-    """The graft, in memory. An answer that is no comes back as its report; anything else that is wrong is raised."""
-    least = "refuted" if force else asked.require
-    report = _graft(job, asked, job.plan, least)
-    if asked.accept is not None and report.candidates:
-        if asked.accept > len(report.candidates):
-            raise ZooError(
-                f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}"
-            )
-        report = _graft(job, asked, report.candidates[asked.accept - 1], "refuted" if force else "ambiguous")
-    return report
+def _operate(job: Job, asked: Asked, *, force: bool) -> tuple[surgery.Report, Job]:
+    """The graft, in memory, and the job with what is to be said of the way it went. An answer that is no comes back as
+    its report; anything else that is wrong is raised."""
+    import surgery
+    from zoo.grafting import best_of
+
+    needed = surgery.Verdict(asked.require)
+    with _running(job.target):
+        report, way = best_of(job.ways(), lambda way: _graft(job, asked, way, job.plan, asked.require), needed)
+        if asked.accept is not None and report.candidates:
+            if asked.accept > len(report.candidates):
+                raise ZooError(
+                    f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}"
+                )
+            chosen = report.candidates[asked.accept - 1]
+            report = _graft(job, asked, way, chosen, "refuted" if force else "ambiguous")
+        elif force and report.verdict.rank < needed.rank:
+            report = _graft(job, asked, way, job.plan, "refuted")
+    return report, replace(job, notes=(*job.notes, *way.notes))
 
 
-def _graft(job: Job, asked: Asked, given: surgery.Plan | None, least: str) -> surgery.Report:
-    from dataclasses import replace
-
+def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, least: str) -> surgery.Report:
     import surgery
     from zoo.grafting import operate
 
     try:
-        with _running(job.target):
-            return operate(job.source, job.target.model, job.probe, plan=given, into=asked.into, require=least)
+        return operate(job.source, job.target.model, way, plan=given, rules=job.rules, into=asked.into, require=least)
     except surgery.GraftError as error:
         if error.report is None:
             raise

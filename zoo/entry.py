@@ -87,7 +87,8 @@ class Entry:
 
     `tags` maps a tag ("base", "large-v3") to its sources, in the order in which they are tried. `layouts` maps the name
     of each way the tensors are spelled to patterns that must all be met for a checkpoint to be of that layout.
-    An entry that is not `open` has no sources; `note` then says so, and what to use instead.
+    An entry that is not `open` has no sources; `note` then says so, and what to use instead. `sizes` is the import
+    string of `f(checkpoint, config) -> zoo.Sizes | None`: the sizes that a target may have otherwise.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Entry:
     probe: str | None = None
     outputs: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
+    sizes: str | None = None
 
     def __post_init__(self) -> None:
         if ":" not in self.name:  # "hf:org/repo" and its like are names that no one types without the scheme
@@ -115,7 +117,7 @@ class Entry:
             _must(self.note, f"entry {self.name} is closed and does not say why")
         for tag in self.tags:
             _must(_TAG.fullmatch(tag), f"entry {self.name}: {tag!r} is not a name for a tag")
-        for text in (self.load, self.probe):
+        for text in (self.load, self.probe, self.sizes):
             _must(text is None or _IMPORT.fullmatch(text), f"entry {self.name}: {text!r} is not module:function")
         names = [name for part in self.parts for name in (part.name, *part.aliases)]
         _must(len(names) == len(set(names)), f"entry {self.name}: two parts have one name")

@@ -6,7 +6,7 @@ Both `zoo.graft` and the command line go through here; neither knows how a refer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import surgery
     from surgery.proof import Proof
+    from zoo.adapting import Change
     from zoo.host import Host
     from zoo.hub import Hub
     from zoo.sources import Located
@@ -184,6 +185,62 @@ def probe_for(
     return made, found.notes
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One way to graft: with the entry's own reference, or with its model in the sizes of the target."""
+
+    probe: surgery.Probe | None
+    notes: tuple[str, ...] = ()
+    change: Change | None = None
+    runnable: PartProbe | None = None  # what the probe runs
+
+
+def attempts(
+    source: Source,
+    model: nn.Module,
+    *,
+    example: Any = None,
+    into: str = "",
+    where: str = "the target",
+    static: bool = False,
+) -> Iterator[Attempt]:
+    """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
+    first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said."""
+    from zoo.adapting import changes
+
+    runnable = None if static else source.reference()
+    grafted = submodule(model, into) if into else model
+    passed: list[str] = []
+    for change in changes(source, grafted, _seen(grafted, runnable, example, into)):
+        if runnable is None:
+            yield Attempt(None, change=change)
+            continue
+        try:
+            resized = change.reference()
+            assert resized is not None  # the same probe as of the entry's own
+            probe, notes = probe_for(resized, model, example=example, into=into, where=where)
+        except ZooError as error:
+            if error.kind not in ("file", "weights"):
+                raise
+            passed.append(f"not possible as {change}: {error}")
+            continue
+        yield Attempt(probe, notes, change, resized)
+    if runnable is None:
+        yield Attempt(None, tuple(passed))
+        return
+    probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
+    yield Attempt(probe, (*notes, *passed), None, runnable)
+
+
+def _seen(grafted: nn.Module, runnable: PartProbe | None, example: Any, into: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the standard inputs, as an example of the target has them."""
+    from zoo.inputs import shown
+
+    if runnable is None or example is None or into:
+        return {}
+    return shown(grafted, runnable, example)
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path."""
     try:
@@ -240,7 +297,7 @@ def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 def operate(
     source: Source,
     model: nn.Module,
-    probe: surgery.Probe | None,
+    attempt: Attempt,
     *,
     plan: surgery.Plan | None = None,
     rules: Any = (),
@@ -255,34 +312,49 @@ def operate(
     import surgery
 
     source.hashing()
+    rules = (*(attempt.change.rules if attempt.change is not None else ()), *rules)
     try:
         report = surgery.graft(
-            source.checkpoint, model, probe=probe, plan=plan, rules=rules, into=into, require=require
+            source.checkpoint, model, probe=attempt.probe, plan=plan, rules=rules, into=into, require=require
         )
     except surgery.GraftError as error:
-        report = _on_the_rest(source, model, probe, error, into, require)
+        report = _on_the_rest(source, model, attempt, error, rules, into, require)
+    report = _costed(source, attempt, report)
     return replace(report, plan=source.stamped(report.plan))
+
+
+def _costed(source: Source, attempt: Attempt, report: surgery.Report) -> surgery.Report:
+    """The report with what another size costs, where it was given one."""
+    if attempt.change is None or report.verdict.rank < 2:
+        return report
+    from zoo.adapting import noted
+
+    before = source.reference() if attempt.runnable is not None else None
+    drift = attempt.change.drift(before, attempt.runnable) if before is not None and attempt.runnable else {}
+    return noted(report, attempt.change, drift)
 
 
 def _on_the_rest(
     source: Source,
     model: nn.Module,
-    probe: surgery.Probe | None,
+    attempt: Attempt,
     error: surgery.GraftError,
+    rules: Any,
     into: str,
     require: str,
 ) -> surgery.Report:
     """The graft again by the plan that was found, proven on the outputs that the target has; or the error."""
     import surgery
 
-    report = error.report
+    report, probe = error.report, attempt.probe
     if report is None or probe is None or report.proof is None:
         raise error
-    kept, gone = outputs_left(source.checkpoint, probe, report.plan, report.proof)
+    held = attempt.change.source if attempt.change is not None else source
+    kept, gone = outputs_left(held.checkpoint, probe, report.plan, report.proof)
     if not kept:
         raise error
     less, found = with_outputs(probe, kept), replace(report.plan, diagnosis="")
-    again = surgery.graft(source.checkpoint, model, probe=less, plan=found, into=into, require=require)
+    again = surgery.graft(source.checkpoint, model, probe=less, plan=found, rules=rules, into=into, require=require)
     note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
     return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))
 
@@ -353,12 +425,56 @@ def graft(
     `example` is what the target's forward takes (a tensor, a tuple or a dict by name), where its parameters' names do
     not say; `probe` replaces the entry's own reference; `into` grafts into a submodule.
     """
+    import surgery
     from zoo.target import checked_example
 
     source = resolve(ref, part=part)
-    if probe is None:
-        runnable = source.reference()
-        if runnable is not None:
-            given = None if example is None else checked_example(example, "example")
-            probe, _ = probe_for(runnable, target, example=given, into=into, where=type(target).__name__)
-    return operate(source, target, probe, plan=plan, rules=rules, into=into, require=require)
+    if probe is not None:
+        return operate(source, target, Attempt(probe), plan=plan, rules=rules, into=into, require=require)
+    given = None if example is None else checked_example(example, "example")
+    ways = attempts(source, target, example=given, into=into, where=type(target).__name__)
+    errors: list[surgery.GraftError] = []
+
+    def run(way: Attempt) -> surgery.Report:
+        try:
+            return operate(source, target, way, plan=plan, rules=rules, into=into, require=require)
+        except surgery.GraftError as error:
+            if error.report is None:
+                raise
+            errors.append(error)
+            return error.report
+
+    report, _ = best_of(ways, run, surgery.Verdict(require))
+    for error in errors:
+        if error.report is report:
+            raise error
+    return report
+
+
+def best_of(
+    ways: Iterator[Attempt], run: Callable[[Attempt], surgery.Report], needed: surgery.Verdict
+) -> tuple[surgery.Report, Attempt]:
+    """The first report that is good enough, with the way it was reached; else the best one. `run` gives the report also
+    where the answer is no, and raises what is wrong with the input."""
+    import surgery
+
+    best: tuple[surgery.Report, Attempt] | None = None
+    last: Exception | None = None
+    try:
+        for way in ways:
+            try:
+                report = run(way)
+            except surgery.PlanError as error:  # a plan that was made in other sizes
+                last = error
+                continue
+            if report.verdict.rank >= needed.rank:
+                return report, way
+            if best is None or report.verdict.rank > best[0].verdict.rank:
+                best = report, way
+    except ZooError:  # the last way, that of the source's own sizes, cannot be run: what a size gave says more
+        if best is None:
+            raise
+    if best is None:
+        assert last is not None  # there always is a way
+        raise last
+    return best

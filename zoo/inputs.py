@@ -459,6 +459,15 @@ def gather(
     return Inputs(call, tuple(xs), tuple(labels), tuple(notes))
 
 
+def shown(model: nn.Module, part: PartProbe, example: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the standard inputs that an example has, by standard name; none where it does not say."""
+    try:
+        (call,) = calls(model, part.inputs(0, "plain"), example, "the target")
+    except ZooError:
+        return {}
+    return {kind: tuple(value.shape) for kind, value in _own(call).items()}
+
+
 def _own(call: Call) -> dict[str, Tensor]:
     """The standard inputs that the example has; none where there is no example."""
     found = {slot.kind: slot.read(slot.value) for slot in call.flat() if isinstance(slot.value, Tensor)}

@@ -1,0 +1,172 @@
+"""The sizes of a model that a target may have otherwise: image, patch, vocabulary, positions, window, channels.
+
+A plugin says of its entry which sizes a checkpoint has, which ones a target seems to want, and how the tensors are
+made for them. Everything else is as for any graft: the model of those sizes is built, holds the resized tensors, and
+the target is proven to compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Value = int | tuple[int, ...]
+Alike = Callable[[int], "tuple[dict[str, Tensor], dict[str, Tensor]]"]
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A model of other sizes.
+
+    rows: {tensor of the checkpoint: the expression that makes it, as a plan spells it}, for those that change.
+    config: the configuration that the model of these sizes is built from.
+    alike: seed -> (inputs of the model as it was, inputs of the resized one) that show the same thing, such as one
+        picture at two sizes; what the outputs then differ by is the drift. None where nothing can be compared.
+    """
+
+    rows: Mapping[str, str]
+    config: Mapping[str, Any]
+    alike: Alike | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plugin's `sizes` gives for a checkpoint and its configuration.
+
+    values: the sizes that the checkpoint has, by name: {"image size": (224, 224), "patch size": (16, 16)}.
+    wanted: the sizes that a target could want, as changes of `values`, likeliest first. None at all where the target
+        has the sizes that the checkpoint has, or none that the family knows how to give it.
+    resized: all sizes -> the model that has them.
+    """
+
+    values: Mapping[str, Value]
+    wanted: Callable[[Body], Iterable[Mapping[str, Value]]]
+    resized: Callable[[Mapping[str, Value]], Resized]
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is seen of a target without running it.
+
+    shapes: of all its tensors. tables: those that may be tables of rows (embeddings, bare parameters and buffers).
+    said: {attribute, lower case: the whole numbers or tuples of them that its modules hold under that name}.
+    inputs: the shapes of the entry's standard inputs ("pixel_values", "input_ids"), where an example shows them.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    tables: Mapping[str, tuple[int, ...]]
+    said: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, tuple[int, ...]] | None = None) -> Body:
+        from torch import nn
+
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+        tables: dict[str, tuple[int, ...]] = {}
+        said: dict[str, dict[Value, None]] = {}
+        for path, module in model.named_modules():
+            at = f"{path}." if path else ""
+            library = type(module).__module__.startswith("torch.nn")
+            if isinstance(module, nn.Embedding) or not library:
+                own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+                tables.update({at + name: tuple(t.shape) for name, t in own if t is not None and t.dim() > 1})
+            for name, value in vars(module).items():
+                plain = _plain(value)
+                if plain is not None and not name.startswith("_"):
+                    said.setdefault(name.lower(), {})[plain] = None
+        return cls(shapes, tables, {name: tuple(values) for name, values in said.items()}, dict(inputs or {}))
+
+    def words(self, *names: str) -> list[Value]:
+        """The values that the target's modules hold under these attribute names, each once."""
+        return list(dict.fromkeys(value for name in names for value in self.said.get(name, ())))
+
+    def rows(self, width: int, *, named: Iterable[str] = ()) -> dict[str, int]:
+        """{tensor: number of rows} of the tables that have rows of this width, leading axes of 1 aside."""
+        found = {}
+        for name, shape in self.tables.items():
+            flat = [n for n in shape[:-1] if n != 1]
+            if shape[-1] == width and len(flat) == 1:
+                found[name] = flat[0]
+        return found
+
+
+def _plain(value: object) -> Value | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, tuple) and value and all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        return value
+    return None
+
+
+def pair(value: Value) -> tuple[int, int]:
+    """A size of two sides, also where one number stands for both."""
+    if isinstance(value, int):
+        return value, value
+    first, second = (*value, value[-1])[:2]
+    return first, second
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the checkpoint whose rows are counted by a size: `rows` of them, of which `spare` come before the
+    first that is counted (RoBERTa's positions begin behind two). `words`: how people call such a table."""
+
+    size: str
+    rows: int
+    words: tuple[str, ...]
+    spare: int = 0
+    grows_only: bool = False  # fewer rows would need to know which ones are meant
+
+
+def matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> Iterator[dict[str, int]]:
+    """{size: rows that are counted} that the target's tables could stand for, likeliest first: tables of equal length
+    are one another's, names that say what a table is come before lengths that only follow the same order."""
+    left = dict(theirs)
+    open_tables = []
+    for table in ours:
+        same = [name for name, rows in left.items() if rows in (table.rows, table.rows - table.spare)]
+        same.sort(key=lambda name: not _is_called(name, table.words))
+        if same:
+            del left[same[0]]
+        else:
+            open_tables.append(table)
+    if not open_tables or not left:
+        return
+    found: dict[tuple[tuple[str, int], ...], int] = {}
+    names = sorted(left, key=lambda name: left[name])
+    by_length = sorted(open_tables, key=lambda table: table.rows)
+    for count in range(min(len(names), len(by_length)), 0, -1):
+        for chosen in permutations(names, count):
+            for tables in permutations(by_length, count):
+                if any(t.grows_only and left[n] < t.rows for n, t in zip(chosen, tables, strict=True)):
+                    continue
+                key = tuple(sorted((t.size, left[n]) for n, t in zip(chosen, tables, strict=True)))
+                called = sum(_is_called(n, t.words) for n, t in zip(chosen, tables, strict=True))
+                wrong = sum(
+                    any(_is_called(n, other.words) for other in ours if other.size != t.size)
+                    and not _is_called(n, t.words)
+                    for n, t in zip(chosen, tables, strict=True)
+                )
+                ordered = chosen == tuple(sorted(chosen, key=names.index)) and tables == tuple(
+                    sorted(tables, key=by_length.index)
+                )
+                score = 8 * count + 4 * called - 16 * wrong + ordered
+                found[key] = max(found.get(key, -99), score)
+        if len(names) > 4:
+            break
+    for key, score in sorted(found.items(), key=lambda each: -each[1])[:most]:
+        if score > 0:
+            yield dict(key)
+
+
+def _is_called(name: str, words: Iterable[str]) -> bool:
+    lowered = name.lower()
+    return any(word in lowered for word in words)
