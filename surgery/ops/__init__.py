@@ -6,13 +6,25 @@ the tensors that were read: treat them as read-only.
 
 from __future__ import annotations
 
-from surgery.ops import arithmetic, constant, layout, norm  # noqa: F401  # importing them registers their ops
+from surgery.ops import (  # noqa: F401  # importing them registers their ops
+    arithmetic,
+    constant,
+    convolution,
+    layout,
+    norm,
+    resize,
+    vocabulary,
+)
 from surgery.ops.registry import (
     KINDS,
+    Example,
+    Inverse,
     Kind,
     Op,
     Param,
     Shape,
+    Step,
+    Steps,
     Value,
     axis_of,
     did_you_mean,
@@ -25,10 +37,14 @@ from surgery.ops.registry import (
 
 __all__ = [
     "KINDS",
+    "Example",
+    "Inverse",
     "Kind",
     "Op",
     "Param",
     "Shape",
+    "Step",
+    "Steps",
     "Value",
     "axis_of",
     "did_you_mean",

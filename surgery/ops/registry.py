@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from surgery.errors import PlanError
 
@@ -58,9 +58,34 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step back: an op applied to the result, or to what the step before gave. `beside` are further arguments, by
+    their place among those of the op that is undone: `lora_unmerge(result, b, a)` is Step("lora_unmerge", (1, 2))."""
+
+    op: str
+    params: Mapping[str, Value] = field(default_factory=dict)
+    beside: tuple[int, ...] = ()
+
+
+Steps: TypeAlias = tuple[Step, ...]
+# For each argument the steps that give it back, or None where the result does not hold it.
+Inverse: TypeAlias = Callable[[Sequence[Shape], Mapping[str, Any]], Sequence[Steps | None]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked example for the reference: a row and what it reads. A tuple is a shape, nested lists are values; the
+    result is computed where the page is written."""
+
+    row: str
+    reads: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Op:
     """One registered operation. `infer(shapes, **params)` and `apply(tensors, **params)` take the positional arguments
-    as one sequence; the docstring of `apply` states the rule and where it was published."""
+    as one sequence; the docstring of `apply` states the rule and where it was published. `inverse(shapes, params)`
+    says how the arguments are had back from the result; `partners` which other tensors have to change with this one."""
 
     name: str
     kind: Kind
@@ -68,6 +93,9 @@ class Op:
     params: tuple[Param, ...]
     infer: Callable[..., Shape]
     apply: Callable[..., Tensor]
+    inverse: Inverse | None = None
+    partners: str = ""
+    example: Example | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -115,6 +143,43 @@ class Op:
             else:
                 raise PlanError(f"{self.name} needs its parameter {param.name}: {self.signature}")
         return tuple(bound)
+
+    def check(self, tensors: Sequence[Tensor], **params: Value) -> int:
+        """Applies the op and undoes it; gives the number of arguments that came back, 0 where there is no inverse.
+        Those of an exact op have to come back bit for bit, those of another within 1e-12 of the largest element of
+        the arguments, all of which should be float64 then. A PlanError says which argument did not, or that the
+        result is not of the shape that `infer` foretold."""
+        import torch
+
+        bound = dict(self.bind(len(tensors), tuple(params.items())))
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        result, foretold = self.apply(tensors, **bound), self.infer(shapes, **bound)
+        if tuple(result.shape) != foretold:
+            raise PlanError(f"{self.name} gave shape {show(tuple(result.shape))} where {show(foretold)} was foretold")
+        came_back = 0
+        for number, steps in enumerate(self.inverse(shapes, bound) if self.inverse else ()):
+            if steps is None:
+                continue
+            value = result
+            for step in steps:
+                op, beside = get(step.op), [tensors[other] for other in step.beside]
+                value = op.apply([value, *beside], **dict(op.bind(1 + len(beside), tuple(step.params.items()))))
+            before = tensors[number]
+            if self.kind == "exact":
+                right = value.dtype == before.dtype and value.shape == before.shape and _bits(value) == _bits(before)
+            else:
+                largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+                right = value.shape == before.shape and torch.allclose(value, before, rtol=0, atol=1e-12 * largest)
+            if not right:
+                raise PlanError(f"{self.name}: argument {number + 1} of shape {show(shapes[number])} did not come back")
+            came_back += 1
+        return came_back
+
+
+def _bits(tensor: Tensor) -> bytes:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 _OPS: dict[str, Op] = {}
