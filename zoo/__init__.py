@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zoo.sizes import Body as Body
     from zoo.sizes import Resized as Resized
     from zoo.sizes import Sizes as Sizes
+    from zoo.sizes import Table as Table
 
 # Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "Resized": "zoo.sizes",
     "Sizes": "zoo.sizes",
     "Source": "zoo.entry",
+    "Table": "zoo.sizes",
     "ZooError": "zoo.errors",
     "entries": "zoo.api",
     "fill": "zoo.building",
@@ -73,6 +75,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "Resized",
     "Sizes",
     "Source",
+    "Table",
     "ZooError",
     "__version__",
     "entries",

@@ -7,6 +7,7 @@ the target is proven to compute the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -86,7 +87,7 @@ class Body:
         """The values that the target's modules hold under these attribute names, each once."""
         return list(dict.fromkeys(value for name in names for value in self.said.get(name, ())))
 
-    def rows(self, width: int, *, named: Iterable[str] = ()) -> dict[str, int]:
+    def rows(self, width: int) -> dict[str, int]:
         """{tensor: number of rows} of the tables that have rows of this width, leading axes of 1 aside."""
         found = {}
         for name, shape in self.tables.items():
@@ -94,6 +95,12 @@ class Body:
             if shape[-1] == width and len(flat) == 1:
                 found[name] = flat[0]
         return found
+
+    def lengths(self, tables: Sequence[Table], width: int) -> Iterator[dict[str, int]]:
+        """{size: rows} that the target's tables of this width could have in place of those of the checkpoint, likeliest
+        first. Tables of equal length are one another's; names that say what a table is come before lengths that only
+        follow the same order."""
+        return _matched(tables, self.rows(width))
 
 
 def _plain(value: object) -> Value | None:
@@ -124,11 +131,10 @@ class Table:
     words: tuple[str, ...]
     spare: int = 0
     grows_only: bool = False  # fewer rows would need to know which ones are meant
+    fixed: bool = False  # only listed so that it is not taken for another
 
 
-def matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> Iterator[dict[str, int]]:
-    """{size: rows that are counted} that the target's tables could stand for, likeliest first: tables of equal length
-    are one another's, names that say what a table is come before lengths that only follow the same order."""
+def _matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> Iterator[dict[str, int]]:
     left = dict(theirs)
     open_tables = []
     for table in ours:
@@ -136,11 +142,11 @@ def matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> 
         same.sort(key=lambda name: not _is_called(name, table.words))
         if same:
             del left[same[0]]
-        else:
+        elif not table.fixed:
             open_tables.append(table)
     if not open_tables or not left:
         return
-    found: dict[tuple[tuple[str, int], ...], int] = {}
+    found: dict[tuple[tuple[str, int], ...], float] = {}
     names = sorted(left, key=lambda name: left[name])
     by_length = sorted(open_tables, key=lambda table: table.rows)
     for count in range(min(len(names), len(by_length)), 0, -1):
@@ -155,10 +161,8 @@ def matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> 
                     and not _is_called(n, t.words)
                     for n, t in zip(chosen, tables, strict=True)
                 )
-                ordered = chosen == tuple(sorted(chosen, key=names.index)) and tables == tuple(
-                    sorted(tables, key=by_length.index)
-                )
-                score = 8 * count + 4 * called - 16 * wrong + ordered
+                far = sum(abs(math.log2(max(left[n], 1) / t.rows)) for n, t in zip(chosen, tables, strict=True))
+                score = 8 * count + 4 * called - 16 * wrong - min(far, 7 * count)
                 found[key] = max(found.get(key, -99), score)
         if len(names) > 4:
             break

@@ -72,6 +72,7 @@ ENTRIES = (
         probe="zoo_text.bert:whole_probe",
         outputs=("last_hidden_state", "pooler_output"),
         parts=PARTS,
+        sizes="zoo_text.sizes:bert",
     ),
     Entry(
         name="minilm",
@@ -97,6 +98,7 @@ ENTRIES = (
         probe="zoo_text.bert:whole_probe",
         outputs=("last_hidden_state", "pooler_output"),
         parts=PARTS,
+        sizes="zoo_text.sizes:bert",
     ),
 )
 

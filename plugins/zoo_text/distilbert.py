@@ -58,6 +58,7 @@ ENTRIES = (
         probe="zoo_text.distilbert:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,
+        sizes="zoo_text.sizes:bert",
     ),
 )
 

@@ -58,6 +58,7 @@ ENTRIES = (
         probe="zoo_text.gpt2:whole_probe",
         outputs=("last_hidden_state", "logits"),
         parts=PARTS,
+        sizes="zoo_text.sizes:gpt2",
     ),
 )
 

@@ -64,6 +64,7 @@ ENTRIES = (
         probe="zoo_text.roberta:whole_probe",
         outputs=("last_hidden_state",),
         parts=PARTS,
+        sizes="zoo_text.sizes:roberta",
     ),
 )
 

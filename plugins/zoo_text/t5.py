@@ -74,6 +74,7 @@ ENTRIES = (
         probe="zoo_text.t5:whole_probe",
         outputs=("encoder_last_hidden_state", "last_hidden_state", "logits"),
         parts=PARTS,
+        sizes="zoo_text.sizes:t5",
     ),
 )
 

@@ -1,0 +1,141 @@
+"""Targets of other sizes than the checkpoint: what is wanted is found from their shapes, and the rest is proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+import zoo
+from tests import tiny_bert
+from zoo.sizes import Body, Table
+
+
+def target(vocabulary: int = 40, longest: int = 24, depth: int = 2) -> nn.Module:
+    space: dict[str, Any] = {}
+    exec(tiny_bert.MINE, space)
+    torch.manual_seed(5)
+    made: nn.Module = space["Tagger"](vocab=vocabulary, longest=longest, depth=depth)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_bert.save(folder)
+    return folder
+
+
+def example() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    return {"ids": ids, "mask": torch.ones_like(ids), "kinds": torch.zeros_like(ids)}
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+def test_a_larger_vocabulary_keeps_the_old_rows_and_draws_the_new_ones(bert: Path) -> None:
+    mine = target(vocabulary=57)
+    report = zoo.graft(f"file:{bert}#encoder", mine, example=example())
+    assert report.verdict == "adapted"
+    old = surgery.open(bert).read("embeddings.word_embeddings.weight")
+    new = mine.get_parameter("word.weight")
+    assert torch.equal(new[:40], old)
+    # the rows that transformers' mean_resizing draws lie this close to the mean of the old ones
+    torch.testing.assert_close(new[40:], old.mean(0).expand(17, -1), atol=1e-3, rtol=0)
+    assert any("vocabulary 40 -> 57; inputs of before give the same" in note for note in report.plan.notes)
+    (row,) = [row for row in report.rows if row.kind == "approximate"]
+    assert (row.name, row.op) == ("word.weight", "vocab_resize")
+    assert row.note.startswith("vocabulary 40 -> 57")
+
+
+def test_longer_positions_are_tiled_and_shorter_ones_cut(bert: Path) -> None:
+    old = surgery.open(bert).read("embeddings.position_embeddings.weight")
+    longer = target(longest=61)
+    assert zoo.graft(f"file:{bert}#encoder", longer, example=example()).verdict == "adapted"
+    assert torch.equal(longer.get_parameter("place.weight"), torch.cat((old, old, old[:13])))
+    shorter = target(longest=17)
+    assert zoo.graft(f"file:{bert}#encoder", shorter, example=example(), require="proven").verdict == "proven"
+    assert torch.equal(shorter.get_parameter("place.weight"), old[:17])
+
+
+def test_two_sizes_at_once_and_a_plan_that_is_verified_again(bert: Path, tmp_path: Path) -> None:
+    mine = target(vocabulary=41, longest=60)
+    report = zoo.graft(f"file:{bert}#encoder", mine, example=example())
+    assert report.verdict == "adapted"
+    assert sorted(report.proof.adapted if report.proof else ()) == ["place.weight", "word.weight"]
+    report.plan.save(tmp_path / "plan.toml")
+    again = target(vocabulary=41, longest=60)
+    plan = surgery.Plan.load(tmp_path / "plan.toml")
+    assert zoo.graft(f"file:{bert}#encoder", again, example=example(), plan=plan).verdict == "adapted"
+    for name, value in mine.state_dict().items():
+        if not name.startswith("tag"):
+            assert torch.equal(value, again.state_dict()[name]), name
+    # what is written from file to file is what the module holds
+    part = zoo.open(f"file:{bert}#encoder")
+    surgery.write(part, plan, tmp_path / "out.safetensors", base=mine.state_dict())
+    written = surgery.open(tmp_path / "out.safetensors")
+    assert all(torch.equal(written.read(name), value) for name, value in mine.state_dict().items())
+
+
+def test_a_smaller_vocabulary_is_not_guessed(bert: Path) -> None:
+    with pytest.raises((surgery.GraftError, zoo.ZooError)):
+        zoo.graft(f"file:{bert}#encoder", target(vocabulary=30), example=example())
+
+
+def test_rules_and_sizes_together(bert: Path) -> None:
+    mine = target(longest=48, depth=1)
+    report = zoo.graft(f"file:{bert}#encoder", mine, example=example(), rules=[surgery.rules.select_layers([1])])
+    assert report.verdict == "adapted"
+    assert report.plan["layers.0.ln2.bias"].sources == ("encoder.layer.1.output.LayerNorm.bias",)
+
+
+# -- which sizes ------------------------------------------------------------------------------------------------------
+VOCABULARY = Table("vocabulary", 100, ("word", "tok"), grows_only=True)
+POSITIONS = Table("positions", 66, ("pos", "place"), spare=2)
+TYPES = Table("types", 2, ("type",), fixed=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "first"),
+    [
+        ({"a": 120, "b": 66, "c": 2}, {"vocabulary": 120}),
+        ({"a": 120, "b": 64, "c": 2}, {"vocabulary": 120}),  # positions without the rows to spare
+        ({"a": 100, "b": 32}, {"positions": 32}),
+        ({"a": 120, "b": 70}, {"vocabulary": 120, "positions": 70}),
+        ({"word": 110, "pos": 4096}, {"vocabulary": 110, "positions": 4096}),
+        ({"a": 100, "b": 66, "c": 2}, None),
+        ({"a": 100, "b": 66, "c": 2, "domains": 7}, None),  # a table of their own
+        ({"a": 50, "b": 66}, None),
+    ],
+)
+def test_lengths_that_a_target_wants(theirs: Mapping[str, int], first: Mapping[str, int] | None) -> None:
+    body = Body({}, {name: (rows, 8) for name, rows in theirs.items()})
+    found = list(body.lengths([VOCABULARY, POSITIONS, TYPES], 8))
+    assert (found[0] if found else None) == first
+
+
+def test_a_body_is_read_off_a_module() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_size, self.grid, self.name = 4, (2, 3), "net"
+            self.pos = nn.Parameter(torch.zeros(1, 7, 8))
+            self.conv = nn.Conv2d(3, 8, 4, 4)
+            self.words = nn.Embedding(11, 8)
+
+    body = Body.of(Net())
+    assert body.words("patch_size", "kernel_size") == [4, (4, 4)]
+    assert body.words("grid") == [(2, 3)]
+    assert body.rows(8) == {"pos": 7, "words.weight": 11}
+    assert body.shapes["conv.weight"] == (8, 3, 4, 4)
+
+
+def test_a_plugin_whose_sizes_are_no_sizes(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: Callable[..., Any] = lambda *_: 3  # noqa: E731
+    monkeypatch.setattr("zoo_text.sizes.bert", wrong)
+    with pytest.raises(zoo.ZooError, match=r"zoo_text.sizes:bert gave a int, and not zoo.Sizes"):
+        zoo.graft(f"file:{bert}#encoder", target(), example=example())
