@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zoo.entry import PartProbe
     from zoo.grafting import Source
 
+_ROUNDING = 1e-4  # what float32 alone does to an output
 _MOST = 4  # ways of reading a target's sizes that are tried
 
 
@@ -82,13 +83,18 @@ def _moved(a: Tensor, b: Tensor) -> float | None:
     return float((a.double() - b.double()).norm()) / size if size else None
 
 
-def changes(source: Source, model: nn.Module, inputs: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
+def changes(
+    source: Source,
+    model: nn.Module,
+    inputs: Mapping[str, tuple[int, ...]],
+    arguments: Mapping[str, Any] | None = None,
+) -> Iterator[Change]:
     """The sizes that the model seems to want and the source does not have, likeliest first; none where they fit."""
     sizes = _sizes(source)
     if sizes is None:
         return
     tried: list[Mapping[str, Value]] = []
-    for wanted in sizes.wanted(Body.of(model, inputs)):
+    for wanted in sizes.wanted(Body.of(model, inputs, arguments)):
         after = {name: value for name, value in wanted.items() if value != sizes.values[name]}
         if not after or after in tried:
             continue
@@ -124,11 +130,11 @@ def _change(source: Source, sizes: Sizes, after: Mapping[str, Value]) -> Change:
 
 def noted(report: surgery.Report, change: Change, drift: Mapping[str, float]) -> surgery.Report:
     """The report, with the sizes and the drift said: on the whole, and of each row that was resized."""
-    moved = ", ".join(f"{name} moves by {value:.1%}" for name, value in drift.items() if value)
+    moved = ", ".join(f"{name} moves by {value:.1%}" for name, value in drift.items() if value > _ROUNDING)
     if not drift:
         cost = "what that costs cannot be compared"
     elif not moved:
-        cost = "inputs of before give the same"
+        cost = "what both sizes take gives the same"
     else:
         cost = f"before any training, on the same thing at both sizes, {moved}"
     made = {rule.name for rule in change.rules if hasattr(rule, "name")}

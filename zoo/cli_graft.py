@@ -230,7 +230,7 @@ def _prepare(out: Out, asked: Asked) -> Job:
         grafting.submodule(made.model, asked.into)
     rules = _rules(asked)
     if asked.static:
-        ways = partial(grafting.attempts, source, made.model, into=asked.into, static=True)
+        ways = partial(grafting.attempts, source, made.model, into=asked.into, static=True, arguments=made.arguments)
         return Job(source, made, ways, ("nothing was run, as --static asks",), given, rules)
     if source.probe is None:
         ways = partial(grafting.attempts, source, made.model, into=asked.into)
@@ -240,7 +240,12 @@ def _prepare(out: Out, asked: Asked) -> Job:
     def tried() -> Iterator[Attempt]:
         with _offers_static():
             yield from grafting.attempts(
-                source, made.model, example=example, into=asked.into, where=f"{made.file}: {made.name}"
+                source,
+                made.model,
+                example=example,
+                into=asked.into,
+                where=f"{made.file}: {made.name}",
+                arguments=made.arguments,
             )
 
     return Job(source, made, tried, (), given, rules)

@@ -203,15 +203,17 @@ def attempts(
     into: str = "",
     where: str = "the target",
     static: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
-    first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said."""
+    first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said.
+    `arguments` are those that the target was made with."""
     from zoo.adapting import changes
 
     runnable = None if static else source.reference()
     grafted = submodule(model, into) if into else model
     passed: list[str] = []
-    for change in changes(source, grafted, _seen(grafted, runnable, example, into)):
+    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments):
         if runnable is None:
             yield Attempt(None, change=change)
             continue

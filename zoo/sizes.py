@@ -55,7 +55,8 @@ class Body:
     """What is seen of a target without running it.
 
     shapes: of all its tensors. tables: those that may be tables of rows (embeddings, bare parameters and buffers).
-    said: {attribute, lower case: the whole numbers or tuples of them that its modules hold under that name}.
+    said: {attribute, lower case: the whole numbers or tuples of them that its modules hold under that name}; and the
+        arguments that it was made with, where they are known.
     inputs: the shapes of the entry's standard inputs ("pixel_values", "input_ids"), where an example shows them.
     """
 
@@ -65,12 +66,21 @@ class Body:
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Mapping[str, tuple[int, ...]] | None = None) -> Body:
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Mapping[str, tuple[int, ...]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Body:
         from torch import nn
 
         shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
         tables: dict[str, tuple[int, ...]] = {}
         said: dict[str, dict[Value, None]] = {}
+        for name, value in (arguments or {}).items():
+            plain = _plain(value)
+            if plain is not None:
+                said.setdefault(name.lower(), {})[plain] = None
         for path, module in model.named_modules():
             at = f"{path}." if path else ""
             library = type(module).__module__.startswith("torch.nn")

@@ -13,7 +13,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ class Target:
     name: str
     namespace: ModuleType
     notes: tuple[str, ...] = ()  # why this class, which arguments
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # that it was made with, defaults among them
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file}"
@@ -62,7 +63,9 @@ def load(
         model = make(**given)
     if not isinstance(model, torch.nn.Module):
         raise ZooError(f"{make.__name__} in {file} gave a {type(model).__name__}, which is no nn.Module", kind="file")
-    return Target(model.eval(), file, make.__name__, namespace, tuple(note for note in (why, told) if note))
+    defaults = {name: p.default for name, p in inspect.signature(make).parameters.items() if p.default is not _NONE}
+    notes = tuple(note for note in (why, told) if note)
+    return Target(model.eval(), file, make.__name__, namespace, notes, {**defaults, **given})
 
 
 # ---------------------------------------------------------------------------------------------------- the file

@@ -82,6 +82,7 @@ class Family:
             probe=f"zoo_vision.{self.name}:whole_probe",
             outputs=("last_hidden_state", "logits"),
             parts=self.parts,
+            sizes="zoo_vision.sizes:sizes",
         )
 
     def layout_of(self, names: Iterable[str]) -> str | None:

@@ -46,7 +46,7 @@ def test_a_larger_vocabulary_keeps_the_old_rows_and_draws_the_new_ones(bert: Pat
     assert torch.equal(new[:40], old)
     # the rows that transformers' mean_resizing draws lie this close to the mean of the old ones
     torch.testing.assert_close(new[40:], old.mean(0).expand(17, -1), atol=1e-3, rtol=0)
-    assert any("vocabulary 40 -> 57; inputs of before give the same" in note for note in report.plan.notes)
+    assert any("vocabulary 40 -> 57; what both sizes take gives the same" in note for note in report.plan.notes)
     (row,) = [row for row in report.rows if row.kind == "approximate"]
     assert (row.name, row.op) == ("word.weight", "vocab_resize")
     assert row.note.startswith("vocabulary 40 -> 57")
