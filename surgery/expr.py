@@ -312,6 +312,28 @@ def _applied(expr: Call, tensors: list[Tensor]) -> Tensor:
     return ops.get(expr.op).apply(tensors, **dict(expr.params))
 
 
+def undone(expr: Expr, result: Expr | str, shape_of: Callable[[str], Shape]) -> dict[str, Expr]:
+    """The source tensors that the value of `expr` gives back, each as an expression over `result`, which holds that
+    value: of cat(q, k, axis=0) in w the slices of w that are q and k. A tensor that an op does not give back is left
+    out; one that is asked for beside the result (the factors of a merged adapter) stands as itself."""
+    whole = Name(result) if isinstance(result, str) else result
+    if isinstance(expr, Name):
+        return {expr.name: whole}
+    op = ops.get(expr.op)
+    if op.inverse is None:
+        return {}
+    found: dict[str, Expr] = {}
+    shapes = tuple(infer(arg, shape_of) for arg in expr.args)
+    for arg, steps in zip(expr.args, op.inverse(shapes, dict(expr.params)), strict=True):
+        if steps is not None and names(arg):
+            back = whole
+            for step in steps:
+                back = Call(step.op, (back, *(expr.args[n] for n in step.beside)), tuple(step.params.items()))
+            for name, value in undone(arg, back, shape_of).items():
+                found.setdefault(name, value)
+    return found
+
+
 def kind(expr: Expr, dtype_of: Callable[[str], str] | None = None) -> Kind:
     """The worst kind among the ops. A cast is exact or lossy by the type of what it reads: with `dtype_of` (as
     safetensors spells types) that is known; without, a cast to anything but float64 counts as lossy."""

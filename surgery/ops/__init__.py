@@ -11,9 +11,11 @@ from surgery.ops import (  # noqa: F401  # importing them registers their ops
     constant,
     convolution,
     layout,
+    lowrank,
     norm,
     resize,
     vocabulary,
+    width,
 )
 from surgery.ops.registry import (
     KINDS,

@@ -6,11 +6,12 @@ that the proof can evaluate an expression unrounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.errors import PlanError
-from surgery.ops.registry import Kind, Op, Param, Shape, register, show
+from surgery.ops.registry import Example, Inverse, Kind, Op, Param, Shape, Step, register, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,10 +86,11 @@ def _div(tensors: Sequence[Tensor]) -> Tensor:
     return compute(lambda a, b: a / b, *tensors)
 
 
-register(Op("add", "preserving", (2, None), (), _broadcast_shape, _add))
-register(Op("sub", "preserving", (2, 2), (), _broadcast_shape, _sub))
-register(Op("mul", "preserving", (2, 2), (), _broadcast_shape, _mul))
-register(Op("div", "preserving", (2, 2), (), _broadcast_shape, _div))
+_PAIR = {"a": [[1.0, 2.0], [4.0, 8.0]], "b": [2.0, 4.0]}
+for _name, _most, _combine in (("add", None, _add), ("sub", 2, _sub), ("mul", 2, _mul), ("div", 2, _div)):
+    register(
+        Op(_name, "preserving", (2, _most), (), _broadcast_shape, _combine, example=Example(f"{_name}(a, b)", _PAIR))
+    )
 
 
 def _scale(tensors: Sequence[Tensor], *, by: float) -> Tensor:
@@ -107,8 +109,34 @@ def _shift(tensors: Sequence[Tensor], *, by: float) -> Tensor:
     return compute(lambda a: a + by, *tensors)
 
 
-register(Op("scale", "preserving", (1, 1), (Param("by", float),), _same_shape, _scale))
-register(Op("shift", "preserving", (1, 1), (Param("by", float),), _same_shape, _shift))
+register(
+    Op(
+        "scale",
+        "preserving",
+        (1, 1),
+        (Param("by", float),),
+        _same_shape,
+        _scale,
+        inverse=lambda shapes, params: [
+            (Step("scale", {"by": 1 / params["by"]}),) if params["by"] and math.isfinite(1 / params["by"]) else None
+        ],
+        example=Example("scale(q.weight, by=0.125)", {"q.weight": [[8.0, -4.0]]}),
+    )
+)
+register(
+    Op(
+        "shift",
+        "preserving",
+        (1, 1),
+        (Param("by", float),),
+        _same_shape,
+        _shift,
+        inverse=lambda shapes, params: [
+            (Step("shift", {"by": -params["by"]}),) if math.isfinite(params["by"]) else None
+        ],
+        example=Example("shift(norm.weight, by=1.0)", {"norm.weight": [-0.5, 0.25]}),
+    )
+)
 
 
 def _neg(tensors: Sequence[Tensor]) -> Tensor:
@@ -167,14 +195,31 @@ def _reciprocal(tensors: Sequence[Tensor]) -> Tensor:
     return compute(lambda a: a.reciprocal(), *tensors)
 
 
-_UNARY: tuple[tuple[str, Kind, Callable[[Sequence[Tensor]], Tensor]], ...] = (
-    ("neg", "exact", _neg),
-    ("exp", "preserving", _exp),
-    ("log", "preserving", _log),
-    ("sqrt", "preserving", _sqrt),
-    ("rsqrt", "preserving", _rsqrt),
-    ("square", "preserving", _square),
-    ("reciprocal", "preserving", _reciprocal),
+_UNARY: tuple[tuple[str, Kind, Callable[[Sequence[Tensor]], Tensor], str], ...] = (
+    ("neg", "exact", _neg, "neg"),
+    ("exp", "preserving", _exp, "log"),
+    ("log", "preserving", _log, "exp"),
+    ("sqrt", "preserving", _sqrt, "square"),
+    ("rsqrt", "preserving", _rsqrt, ""),
+    ("square", "preserving", _square, ""),
+    ("reciprocal", "preserving", _reciprocal, "reciprocal"),
 )
-for _name, _kind, _apply in _UNARY:
-    register(Op(_name, _kind, (1, 1), (), _same_shape, _apply))
+
+
+def _by(name: str) -> Inverse:
+    return lambda shapes, params: [(Step(name),)]
+
+
+for _name, _kind, _apply, _back in _UNARY:
+    register(
+        Op(
+            _name,
+            _kind,
+            (1, 1),
+            (),
+            _same_shape,
+            _apply,
+            inverse=_by(_back) if _back else None,
+            example=Example(f"{_name}(a)", {"a": [1.0, 4.0]}),
+        )
+    )

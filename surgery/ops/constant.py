@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.dtypes import SAFETENSORS, torch_dtype
 from surgery.errors import PlanError
-from surgery.ops.registry import Op, Param, Shape, register
+from surgery.ops.registry import Example, Op, Param, Shape, register, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +72,57 @@ def _full(_: Sequence[Tensor], *, shape: tuple[int, ...], value: float) -> Tenso
     return torch.full(shape, value, dtype=torch.float64)
 
 
-register(Op("zeros", "exact", (0, 0), (_SHAPE,), _constant_shape, _zeros))
-register(Op("ones", "exact", (0, 0), (_SHAPE,), _constant_shape, _ones))
-register(Op("full", "exact", (0, 0), (_SHAPE, Param("value", float)), _constant_shape, _full))
+register(
+    Op("zeros", "exact", (0, 0), (_SHAPE,), _constant_shape, _zeros, example=Example("zeros(shape=(2,))")),
+)
+register(
+    Op("ones", "exact", (0, 0), (_SHAPE,), _constant_shape, _ones, example=Example("ones(shape=(2,))")),
+)
+register(
+    Op(
+        "full",
+        "exact",
+        (0, 0),
+        (_SHAPE, Param("value", float)),
+        _constant_shape,
+        _full,
+        example=Example("full(shape=(2, 1), value=-inf)"),
+    )
+)
+
+
+def _dirac_shape(_: Sequence[Shape], *, shape: tuple[int, ...]) -> Shape:
+    if len(shape) not in (2, 3, 4, 5) or min(shape) < 1:
+        raise PlanError(f"shape={shape} is no kernel: 2 to 5 axes, out x in x ..., each of 1 or more")
+    if any(length % 2 == 0 for length in shape[2:]):
+        raise PlanError(f"a kernel of shape {show(shape)} has no middle: the lengths from the third on have to be odd")
+    return shape
+
+
+def _dirac(_: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
+    """The kernel that gives its input back: a linear map [out, in] or a convolution [out, in, ...] of odd lengths with
+    "same" padding. In float64, as all constants.
+
+    Rule: torch.nn.init.dirac_ and eye_; the layer that Net2DeeperNet inserts (Chen et al., arXiv 1511.05641).
+    """
+    import torch
+
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    return torch.nn.init.dirac_(kernel) if len(shape) > 2 else torch.nn.init.eye_(kernel)
+
+
+register(
+    Op(
+        "dirac",
+        "exact",
+        (0, 0),
+        (_SHAPE,),
+        _dirac_shape,
+        _dirac,
+        partners="The bias beside it is zeros, a norm after it does nothing, and the activation is idempotent (ReLU).",
+        example=Example("dirac(shape=(2, 2))"),
+    )
+)
 
 
 def _cast_shape(shapes: Sequence[Shape], *, dtype: str) -> Shape:
@@ -92,4 +140,14 @@ def _cast(tensors: Sequence[Tensor], *, dtype: str) -> Tensor:
     return tensors[0].to(torch_dtype(dtype))
 
 
-register(Op("cast", "lossy", (1, 1), (Param("dtype", str),), _cast_shape, _cast))
+register(
+    Op(
+        "cast",
+        "lossy",
+        (1, 1),
+        (Param("dtype", str),),
+        _cast_shape,
+        _cast,
+        example=Example('cast(w, dtype="BF16")', {"w": [1.0, 3.1415927]}),
+    )
+)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import PlanError
-from surgery.ops.registry import Op, Param, Shape, axis_of, register, show
+from surgery.ops.registry import Example, Op, Param, Shape, Step, Steps, axis_of, register, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,28 @@ def _cat(tensors: Sequence[Tensor], *, axis: int) -> Tensor:
     return torch.cat(tuple(tensors), dim=axis) if len(tensors) > 1 else tensors[0]
 
 
-register(Op("cat", "exact", (1, None), (AXIS,), _cat_shape, _cat))
+def _uncat(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
+    along, start = axis_of(shapes[0], params["axis"]), 0
+    steps: list[Steps | None] = []
+    for shape in shapes:
+        stop = start + shape[along]
+        steps.append((Step("slice", {"axis": along, "start": start, "stop": stop}),) if stop > start else None)
+        start = stop
+    return steps
+
+
+register(
+    Op(
+        "cat",
+        "exact",
+        (1, None),
+        (AXIS,),
+        _cat_shape,
+        _cat,
+        inverse=_uncat,
+        example=Example("cat(q, k, v, axis=0)", {"q": [[1, 2]], "k": [[3, 4]], "v": [[5, 6]]}),
+    )
+)
 
 
 def _transpose_shape(shapes: Sequence[Shape]) -> Shape:
@@ -65,7 +86,18 @@ def _transpose(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].t()
 
 
-register(Op("transpose", "exact", (1, 1), (), _transpose_shape, _transpose))
+register(
+    Op(
+        "transpose",
+        "exact",
+        (1, 1),
+        (),
+        _transpose_shape,
+        _transpose,
+        inverse=lambda shapes, params: [(Step("transpose"),)],
+        example=Example("transpose(w)", {"w": [[1, 2, 3], [4, 5, 6]]}),
+    )
+)
 
 
 def _permute_shape(shapes: Sequence[Shape], *, dims: tuple[int, ...]) -> Shape:
@@ -83,7 +115,23 @@ def _permute(tensors: Sequence[Tensor], *, dims: tuple[int, ...]) -> Tensor:
     return tensors[0].permute(dims)
 
 
-register(Op("permute", "exact", (1, 1), (Param("dims", tuple),), _permute_shape, _permute))
+def _unpermute(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
+    dims = params["dims"]
+    return [(Step("permute", {"dims": tuple(dims.index(axis) for axis in range(len(dims)))}),)]
+
+
+register(
+    Op(
+        "permute",
+        "exact",
+        (1, 1),
+        (Param("dims", tuple),),
+        _permute_shape,
+        _permute,
+        inverse=_unpermute,
+        example=Example("permute(w, dims=(3, 2, 0, 1))", {"w": (16, 16, 3, 768)}),
+    )
+)
 
 
 def _reshape_shape(shapes: Sequence[Shape], *, shape: tuple[int, ...]) -> Shape:
@@ -107,7 +155,18 @@ def _reshape(tensors: Sequence[Tensor], *, shape: tuple[int, ...]) -> Tensor:
     return tensors[0].reshape(shape)
 
 
-register(Op("reshape", "exact", (1, 1), (Param("shape", tuple),), _reshape_shape, _reshape))
+register(
+    Op(
+        "reshape",
+        "exact",
+        (1, 1),
+        (Param("shape", tuple),),
+        _reshape_shape,
+        _reshape,
+        inverse=lambda shapes, params: [(Step("reshape", {"shape": shapes[0]}),)],
+        example=Example("reshape(w, shape=(768, -1))", {"w": (768, 3, 16, 16)}),
+    )
+)
 
 
 def _slice_shape(shapes: Sequence[Shape], *, axis: int, start: int, stop: int) -> Shape:
@@ -130,7 +189,15 @@ def _slice(tensors: Sequence[Tensor], *, axis: int, start: int, stop: int) -> Te
 
 
 register(
-    Op("slice", "exact", (1, 1), (AXIS, Param("start", int, 0), Param("stop", int)), _slice_shape, _slice),
+    Op(
+        "slice",
+        "exact",
+        (1, 1),
+        (AXIS, Param("start", int, 0), Param("stop", int)),
+        _slice_shape,
+        _slice,
+        example=Example("slice(qkv, axis=0, start=1, stop=2)", {"qkv": [[1, 2], [3, 4], [5, 6]]}),
+    )
 )
 
 
@@ -167,8 +234,26 @@ def _interleave(tensors: Sequence[Tensor], *, groups: int, axis: int) -> Tensor:
     return torch.cat(apart, dim=along + 1).flatten(along, along + 1)
 
 
+def _uninterleave(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
+    along, groups = axis_of(shapes[0], params["axis"]), params["groups"]
+    widths = tuple(shape[along] // groups for shape in shapes)
+    if 0 in widths:
+        return [None for _ in shapes]
+    rest = {"of": len(shapes), "groups": groups, "widths": () if len(set(widths)) == 1 else widths, "axis": along}
+    return [(Step("deinterleave", {"index": index, **rest}),) for index in range(len(shapes))]
+
+
 register(
-    Op("interleave", "exact", (1, None), (Param("groups", int), AXIS), _interleave_shape, _interleave),
+    Op(
+        "interleave",
+        "exact",
+        (1, None),
+        (Param("groups", int), AXIS),
+        _interleave_shape,
+        _interleave,
+        inverse=_uninterleave,
+        example=Example("interleave(q, k, v, groups=2)", {"q": [1, 2, 3, 4], "k": [10, 20], "v": [100, 200]}),
+    )
 )
 
 
@@ -217,6 +302,9 @@ register(
         (Param("index", int), Param("of", int, 3), Param("groups", int), Param("widths", tuple, (), quiet=True), AXIS),
         _deinterleave_shape,
         _deinterleave,
+        example=Example(
+            "deinterleave(qkv, index=0, groups=2, widths=(2, 1, 1))", {"qkv": [1, 2, 10, 100, 3, 4, 20, 200]}
+        ),
     )
 )
 
@@ -241,7 +329,28 @@ def _take(tensors: Sequence[Tensor], *, index: tuple[int, ...], axis: int) -> Te
     return tensor.index_select(axis, torch.tensor(index, dtype=torch.long, device=tensor.device))
 
 
-register(Op("take", "exact", (1, 1), (Param("index", tuple), AXIS), _take_shape, _take))
+def _untake(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
+    """By what was chosen first, where all of it was chosen at least once."""
+    along = axis_of(shapes[0], params["axis"])
+    index = params["index"]
+    if len(set(index)) != shapes[0][along]:
+        return [None]
+    place = {position: at for at, position in reversed(list(enumerate(index)))}
+    return [(Step("take", {"index": tuple(place[n] for n in range(shapes[0][along])), "axis": along}),)]
+
+
+register(
+    Op(
+        "take",
+        "exact",
+        (1, 1),
+        (Param("index", tuple), AXIS),
+        _take_shape,
+        _take,
+        inverse=_untake,
+        example=Example("take(w, index=(0, 1, 3, 2))", {"w": [[1, 1], [2, 2], [3, 3], [4, 4]]}),
+    )
+)
 
 
 def _repeat_shape(shapes: Sequence[Shape], *, times: tuple[int, ...]) -> Shape:
@@ -260,7 +369,27 @@ def _repeat(tensors: Sequence[Tensor], *, times: tuple[int, ...]) -> Tensor:
     return tensors[0].repeat(times)
 
 
-register(Op("repeat", "exact", (1, 1), (Param("times", tuple),), _repeat_shape, _repeat))
+def _unrepeat(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
+    (shape,) = shapes
+    if 0 in shape:
+        return [None]
+    aligned = (1,) * (len(params["times"]) - len(shape)) + shape
+    cuts = [Step("slice", {"axis": axis, "start": 0, "stop": length}) for axis, length in enumerate(aligned)]
+    return [(*cuts, Step("reshape", {"shape": shape}))]
+
+
+register(
+    Op(
+        "repeat",
+        "exact",
+        (1, 1),
+        (Param("times", tuple),),
+        _repeat_shape,
+        _repeat,
+        inverse=_unrepeat,
+        example=Example("repeat(b, times=(2, 2))", {"b": [1, 2]}),
+    )
+)
 
 
 def _flip_shape(shapes: Sequence[Shape], *, axis: int) -> Shape:
@@ -276,4 +405,67 @@ def _flip(tensors: Sequence[Tensor], *, axis: int) -> Tensor:
     return tensors[0].flip(axis)
 
 
-register(Op("flip", "exact", (1, 1), (AXIS,), _flip_shape, _flip))
+register(
+    Op(
+        "flip",
+        "exact",
+        (1, 1),
+        (AXIS,),
+        _flip_shape,
+        _flip,
+        inverse=lambda shapes, params: [(Step("flip", {"axis": params["axis"]}),)],
+        example=Example("flip(w, axis=1)", {"w": [[1, 2, 3]]}),
+    )
+)
+
+
+def _rope_shape(shapes: Sequence[Shape], *, heads: int) -> Shape:
+    (shape,) = shapes
+    rows = shape[axis_of(shape, 0)]
+    if heads < 1 or rows % (2 * heads):
+        raise PlanError(f"the {rows} rows of a tensor of shape {show(shape)} are no heads={heads} of an even width")
+    return shape
+
+
+def _turned(tensor: Tensor, heads: int, pairs: bool) -> Tensor:
+    rows, *rest = tensor.shape
+    half = rows // heads // 2
+    apart = (heads, half, 2, *rest) if pairs else (heads, 2, half, *rest)
+    return tensor.reshape(apart).transpose(1, 2).reshape(tensor.shape)
+
+
+def _rope_permute(tensors: Sequence[Tensor], *, heads: int) -> Tensor:
+    """Rows of a query or key projection, [heads * width, ...], from rotary positions that turn neighbouring pairs
+    (complex numbers: Llama as published, GPT-J) to those that turn the two halves of a head (GPT-NeoX, transformers).
+
+    Rule: transformers' PermuteForRope: view(heads, width / 2, 2), the last two axes swapped.
+    """
+    return _turned(tensors[0], heads, pairs=True)
+
+
+def _rope_unpermute(tensors: Sequence[Tensor], *, heads: int) -> Tensor:
+    """Rows of a query or key projection, [heads * width, ...], from rotary positions that turn the two halves of a
+    head to those that turn neighbouring pairs: the inverse of rope_permute.
+
+    Rule: transformers' PermuteForRope with inverse=True; torchtune's conversion from transformers.
+    """
+    return _turned(tensors[0], heads, pairs=False)
+
+
+for _name, _back, _apply, _rows in (
+    ("rope_permute", "rope_unpermute", _rope_permute, [0, 1, 2, 3, 4, 5]),
+    ("rope_unpermute", "rope_permute", _rope_unpermute, [0, 2, 4, 1, 3, 5]),
+):
+    register(
+        Op(
+            _name,
+            "exact",
+            (1, 1),
+            (Param("heads", int),),
+            _rope_shape,
+            _apply,
+            inverse=lambda shapes, params, back=_back: [(Step(back, {"heads": params["heads"]}),)],  # type: ignore[misc]
+            partners="Query and key, their biases, and norms over a head's width turn together; values do not.",
+            example=Example(f"{_name}(q, heads=1)", {"q": _rows}),
+        )
+    )

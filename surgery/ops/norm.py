@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import PlanError
 from surgery.ops.arithmetic import compute
-from surgery.ops.registry import Op, Param, Shape, register, show
+from surgery.ops.registry import Example, Op, Param, Shape, register, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,5 +67,26 @@ def _weight_norm(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     return compute(lambda g, v: v * (g / _norm(v, dim)), *tensors)
 
 
-register(Op("norm_except", "preserving", (1, 1), (_DIM,), _norm_except_shape, _norm_except))
-register(Op("weight_norm", "preserving", (2, 2), (_DIM,), _weight_norm_shape, _weight_norm))
+register(
+    Op(
+        "norm_except",
+        "preserving",
+        (1, 1),
+        (_DIM,),
+        _norm_except_shape,
+        _norm_except,
+        partners="The direction: v is the weight itself, or the weight over this gain.",
+        example=Example("norm_except(w)", {"w": [[3.0, 4.0], [0.0, 2.0]]}),
+    )
+)
+register(
+    Op(
+        "weight_norm",
+        "preserving",
+        (2, 2),
+        (_DIM,),
+        _weight_norm_shape,
+        _weight_norm,
+        example=Example("weight_norm(g, v)", {"g": [[10.0], [1.0]], "v": [[3.0, 4.0], [0.0, 2.0]]}),
+    )
+)

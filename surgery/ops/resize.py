@@ -14,6 +14,7 @@ from surgery.errors import PlanError
 from surgery.ops.registry import Example, Op, Param, Shape, Step, register, show
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MODES = ("bicubic", "bilinear", "nearest", "nearest-exact", "area")
@@ -441,5 +442,113 @@ register(
         partners="The index of relative positions and the mask of shifted windows are buffers of the window's size, "
         "which the new model makes itself.",
         example=Example("resize_rel_pos_bias(table, to=(23, 23))", {"table": (169, 4)}),
+    )
+)
+
+
+def _spectrogram_pos_shape(
+    shapes: Sequence[Shape], *, grid: tuple[int, ...], to: tuple[int, ...], prefix: int
+) -> Shape:
+    return _pos_2d_shape(shapes, grid=grid, to=to, prefix=prefix, interpolation="bilinear", antialias=0)
+
+
+def _spectrogram_pos(tensors: Sequence[Tensor], *, grid: tuple[int, ...], to: tuple[int, ...], prefix: int) -> Tensor:
+    """Positions of an image's patches, [tokens, width] or [1, tokens, width], for those of a spectrogram: to=(rows of
+    frequency, columns of time). Time first, then frequency: a side that is no longer than the old one is cut out of
+    the middle, a longer one stretched. The `prefix` rows in front stay (class and distillation token).
+
+    Rule: AST (Gong et al., arXiv 2104.01778), section 2.2 and its code: bilinear without antialias.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    pos = floating(tensors[0], "spectrogram_pos_embed")
+    if not pos.shape[-1]:
+        return pos.new_empty((*pos.shape[:-2], prefix + to[0] * to[1], 0))
+    image = pos[..., prefix:, :].reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    for axis, wanted in ((1, to[1]), (0, to[0])):
+        length = image.shape[2 + axis]
+        if wanted <= length:
+            image = image.narrow(2 + axis, length // 2 - wanted // 2, wanted)
+        else:
+            size = (image.shape[2], wanted) if axis else (wanted, image.shape[3])
+            image = F.interpolate(image, size=size, mode="bilinear")
+    rows = image.permute(0, 2, 3, 1).reshape(*pos.shape[:-2], to[0] * to[1], pos.shape[-1])
+    return torch.cat((pos[..., :prefix, :], rows), dim=-2)
+
+
+register(
+    Op(
+        "spectrogram_pos_embed",
+        "approximate",
+        (1, 1),
+        (Param("grid", tuple), Param("to", tuple), Param("prefix", int, 2)),
+        _spectrogram_pos_shape,
+        _spectrogram_pos,
+        partners="The patch kernel takes spectrogram_patch.",
+        example=Example("spectrogram_pos_embed(pos, grid=(24, 24), to=(12, 101))", {"pos": (1, 578, 768)}),
+    )
+)
+
+
+def _sinusoid_shape(shapes: Sequence[Shape], *, to: int, period: float) -> Shape:
+    (shape,) = shapes
+    tokens = _tokens(shape)
+    if shape[-1] % 2 or shape[-1] < 4 or not tokens:
+        raise PlanError(
+            f"a table of sinusoids has rows of 4, 6, 8 ... numbers, sines and then cosines; not {show(shape)}"
+        )
+    if to < 1 or not period > 1:
+        raise PlanError(f"to={to} has to be 1 or more, and period={period} more than 1")
+    return (*shape[:-2], to, shape[-1])
+
+
+def sinusoids(rows: int, width: int, period: float, dtype: torch.dtype) -> Tensor:
+    """[rows, width]: sines, then cosines, of positions over wavelengths from 2 pi to 2 pi * period."""
+    import torch
+
+    half = width // 2
+    rates = torch.exp(-math.log(period) / (half - 1) * torch.arange(half, dtype=dtype))
+    angles = torch.arange(rows, dtype=dtype).unsqueeze(1) * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def _sinusoid(tensors: Sequence[Tensor], *, to: int, period: float) -> Tensor:
+    """Positions that a formula gives, [tokens, width] or [1, tokens, width], for another number of frames: the rows
+    that there are stay, fewer are cut, more follow the formula. A table that does not follow it is refused.
+
+    Rule: whisper.model.sinusoids, in float32 (float64 for float64): sines, then cosines, of wavelengths up to
+    2 pi * period.
+    """
+    import torch
+
+    pos = floating(tensors[0], "resize_sinusoids")
+    made = sinusoids(max(to, pos.shape[-2]), pos.shape[-1], period, torch.float64 if is_double(pos) else torch.float32)
+    made = made.to(pos.device)
+    # 2^-8 is what bfloat16 leaves of a number below 1; a float32 angle of 1500 is off by a thirtieth of that
+    if not torch.allclose(pos.to(made.dtype), made[: pos.shape[-2]].expand_as(pos), rtol=0, atol=2**-8):
+        raise PlanError(
+            "the table does not follow the formula of sinusoids with this period",
+            hint="learned positions are stretched by resize_pos_embed_1d",
+        )
+    more = made[pos.shape[-2] : to].to(pos.dtype).expand(*pos.shape[:-2], -1, -1)
+    return torch.cat((pos[..., :to, :], more), dim=-2)
+
+
+register(
+    Op(
+        "resize_sinusoids",
+        "approximate",
+        (1, 1),
+        (Param("to", int), Param("period", float, 10000.0, quiet=True)),
+        _sinusoid_shape,
+        _sinusoid,
+        inverse=lambda shapes, params: [
+            (Step("slice", {"axis": len(shapes[0]) - 2, "start": 0, "stop": shapes[0][-2]}),)
+            if shapes[0][-2] <= params["to"]
+            else None
+        ],
+        partners="The frontend gives as many frames: twice `to` in Whisper, whose second convolution halves them.",
+        example=Example("resize_sinusoids(pos, to=2)", {"pos": [[0.0, 0.0, 1.0, 1.0]]}),
     )
 )
