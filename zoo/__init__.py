@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from zoo.host import Host as Host
     from zoo.loaded import Loaded as Loaded
     from zoo.loaded import load as load
+    from zoo.pictures import Pictures as Pictures
     from zoo.sizes import Body as Body
     from zoo.sizes import Resized as Resized
     from zoo.sizes import Sizes as Sizes
     from zoo.sizes import Table as Table
+    from zoo.sizes import joined as joined
+    from zoo.sizes import tables as tables
 
 # Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
 _HOMES = {
@@ -45,6 +48,7 @@ _HOMES = {
     "Loaded": "zoo.loaded",
     "Part": "zoo.entry",
     "PartProbe": "zoo.entry",
+    "Pictures": "zoo.pictures",
     "Recognition": "zoo.entry",
     "Resized": "zoo.sizes",
     "Sizes": "zoo.sizes",
@@ -56,9 +60,11 @@ _HOMES = {
     "find": "zoo.api",
     "graft": "zoo.grafting",
     "hookimpl": "zoo.hooks",
+    "joined": "zoo.sizes",
     "load": "zoo.loaded",
     "open": "zoo.api",
     "pull": "zoo.api",
+    "tables": "zoo.sizes",
     "unfilled": "zoo.building",
 }
 
@@ -71,6 +77,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "Loaded",
     "Part",
     "PartProbe",
+    "Pictures",
     "Recognition",
     "Resized",
     "Sizes",
@@ -83,9 +90,11 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "find",
     "graft",
     "hookimpl",
+    "joined",
     "load",
     "open",
     "pull",
+    "tables",
     "unfilled",
 ]
 

@@ -7,7 +7,7 @@ stands in the plan's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,10 @@ def changes(
     model: nn.Module,
     inputs: Mapping[str, tuple[int, ...]],
     arguments: Mapping[str, Any] | None = None,
+    rules: Sequence[Rule] = (),
 ) -> Iterator[Change]:
-    """The sizes that the model seems to want and the source does not have, likeliest first; none where they fit."""
+    """The sizes that the model seems to want and the source does not have, likeliest first; none where they fit.
+    A rule of the person's own that makes a tensor takes the place of the published one."""
     sizes = _sizes(source)
     if sizes is None:
         return
@@ -99,7 +101,7 @@ def changes(
         if not after or after in tried:
             continue
         tried.append(after)
-        yield _change(source, sizes, after)
+        yield _change(source, sizes, after, rules)
         if len(tried) == _MOST:
             return
 
@@ -117,15 +119,48 @@ def _sizes(source: Source) -> Sizes | None:
     return found
 
 
-def _change(source: Source, sizes: Sizes, after: Mapping[str, Value]) -> Change:
+def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Sequence[Rule]) -> Change:
     from surgery.derived import derive
     from surgery.rules import Derive, derivation
 
     resized = sizes.resized({**sizes.values, **after})
-    rules = tuple(Derive(name, text, implied=True) for name, text in resized.rows.items() if name in source.checkpoint)
-    rows = derivation(source.checkpoint, rules).rows
-    moved = replace(source, checkpoint=derive(source.checkpoint, rows), config=resized.config)
+    theirs = remade(source, own)
+    rules = tuple(
+        Derive(name, text, implied=True)
+        for name, text in resized.rows.items()
+        if name in source.checkpoint and name not in theirs
+    )
+    rows = derivation(source.checkpoint, (*rules, *making(own))).rows
+    config = resized.configured(source.config)
+    moved = replace(source, checkpoint=derive(source.checkpoint, rows), config=config)
     return Change(moved, rules, sizes.values, after, resized)
+
+
+def derived(source: Source, rules: Sequence[Rule]) -> Source:
+    """The source as a person's rules make its tensors; itself where they make none."""
+    from surgery.derived import derive
+    from surgery.rules import derivation
+
+    if not making(rules):
+        return source
+    rows = derivation(source.checkpoint, making(rules)).rows
+    return replace(source, checkpoint=derive(source.checkpoint, rows))
+
+
+def making(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Those of a person's rules that make tensors for a reference of other sizes."""
+    from surgery.rules import Derive, Resize
+
+    return tuple(rule for rule in rules if isinstance(rule, (Derive, Resize)))
+
+
+def remade(source: Source, rules: Sequence[Rule]) -> dict[str, Any]:
+    """{tensor: expression} of what these rules make."""
+    from surgery.expr import Name
+    from surgery.rules import derivation
+
+    rows = derivation(source.checkpoint, making(rules)).rows
+    return {name: expr for name, expr in rows.items() if expr != Name(name)}
 
 
 def noted(report: surgery.Report, change: Change, drift: Mapping[str, float]) -> surgery.Report:

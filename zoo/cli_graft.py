@@ -230,7 +230,9 @@ def _prepare(out: Out, asked: Asked) -> Job:
         grafting.submodule(made.model, asked.into)
     rules = _rules(asked)
     if asked.static:
-        ways = partial(grafting.attempts, source, made.model, into=asked.into, static=True, arguments=made.arguments)
+        ways = partial(
+            grafting.attempts, source, made.model, into=asked.into, static=True, arguments=made.arguments, rules=rules
+        )
         return Job(source, made, ways, ("nothing was run, as --static asks",), given, rules)
     if source.probe is None:
         ways = partial(grafting.attempts, source, made.model, into=asked.into)
@@ -246,6 +248,7 @@ def _prepare(out: Out, asked: Asked) -> Job:
                 into=asked.into,
                 where=f"{made.file}: {made.name}",
                 arguments=made.arguments,
+                rules=rules,
             )
 
     return Job(source, made, tried, (), given, rules)

@@ -204,16 +204,19 @@ def attempts(
     where: str = "the target",
     static: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    rules: Any = (),
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
     first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said.
     `arguments` are those that the target was made with."""
-    from zoo.adapting import changes
+    from surgery.rules import checked
+    from zoo.adapting import changes, derived
 
+    given = checked(rules)
     runnable = None if static else source.reference()
     grafted = submodule(model, into) if into else model
     passed: list[str] = []
-    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments):
+    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments, given):
         if runnable is None:
             yield Attempt(None, change=change)
             continue
@@ -230,6 +233,8 @@ def attempts(
     if runnable is None:
         yield Attempt(None, tuple(passed))
         return
+    runnable = derived(source, given).reference()  # holds what the rules make, where they make anything
+    assert runnable is not None
     probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
     yield Attempt(probe, (*notes, *passed), None, runnable)
 
@@ -434,7 +439,7 @@ def graft(
     if probe is not None:
         return operate(source, target, Attempt(probe), plan=plan, rules=rules, into=into, require=require)
     given = None if example is None else checked_example(example, "example")
-    ways = attempts(source, target, example=given, into=into, where=type(target).__name__)
+    ways = attempts(source, target, example=given, into=into, where=type(target).__name__, rules=rules)
     errors: list[surgery.GraftError] = []
 
     def run(way: Attempt) -> surgery.Report:
@@ -468,6 +473,10 @@ def best_of(
                 report = run(way)
             except surgery.PlanError as error:  # a plan that was made in other sizes
                 last = error
+                continue
+            except surgery.GraftError:
+                if best is None:
+                    raise
                 continue
             if report.verdict.rank >= needed.rank:
                 return report, way

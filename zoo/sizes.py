@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import islice, permutations, product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,14 +25,25 @@ class Resized:
     """A model of other sizes.
 
     rows: {tensor of the checkpoint: the expression that makes it, as a plan spells it}, for those that change.
-    config: the configuration that the model of these sizes is built from.
+    config: {where in the configuration: the new value}, as in {("text_config", "vocab_size"): 50000}.
     alike: seed -> (inputs of the model as it was, inputs of the resized one) that show the same thing, such as one
         picture at two sizes; what the outputs then differ by is the drift. None where nothing can be compared.
     """
 
     rows: Mapping[str, str]
-    config: Mapping[str, Any]
+    config: Mapping[tuple[str, ...], Any]
     alike: Alike | None = None
+
+    def configured(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration with what is changed in it."""
+        changed = dict(config)
+        for path, value in self.config.items():
+            held = changed
+            for key in path[:-1]:
+                held[key] = dict(held.get(key) or {})
+                held = held[key]
+            held[path[-1]] = value
+        return changed
 
 
 @dataclass(frozen=True)
@@ -133,15 +144,88 @@ def pair(value: Value) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the checkpoint whose rows are counted by a size: `rows` of them, of which `spare` come before the
-    first that is counted (RoBERTa's positions begin behind two). `words`: how people call such a table."""
+    """Tensors of the checkpoint whose rows are counted by one size.
+
+    rows: how many there are; `spare` of them come before the first that is counted (RoBERTa's positions begin behind
+        two). words: how people call such a table. names: the tensors, all of so many rows. key: where the configuration
+        has the number (counted with the spare ones).
+    more, fewer: the expressions that make {to} rows of {name}, as a plan spells them; a table without `fewer` is never
+        cut, because which rows are meant would be a guess. A table with neither is only listed so that it is not taken
+        for another.
+    """
 
     size: str
     rows: int
     words: tuple[str, ...]
     spare: int = 0
-    grows_only: bool = False  # fewer rows would need to know which ones are meant
-    fixed: bool = False  # only listed so that it is not taken for another
+    names: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    more: str = ""
+    fewer: str = ""
+
+    def resized(self, to: int) -> Iterator[tuple[str, str]]:
+        """(tensor, expression) for `to` counted rows."""
+        to += self.spare
+        for name in self.names:
+            yield name, (self.more if to > self.rows else self.fewer).format(name=name, to=to, spare=self.spare)
+        for name in self.biases:
+            added = f"cat({name}, zeros(shape=({to - self.rows},)), axis=0)"
+            yield name, added if to > self.rows else f"slice({name}, axis=0, start=0, stop={to})"
+
+
+def tables(
+    width: int, found: Sequence[Table], alike: Callable[[Mapping[str, int], Mapping[str, int]], Alike | None]
+) -> Sizes:
+    """The sizes that are lengths of tables of one width. `alike`: (the lengths as they were, the new ones) -> what
+    shows the same at both."""
+    values: dict[str, Value] = {each.size: each.rows - each.spare for each in found if each.more or each.fewer}
+
+    def wanted(body: Body) -> Iterator[Mapping[str, Value]]:
+        yield from body.lengths(found, width)
+
+    def resized(sizes: Mapping[str, Value]) -> Resized:
+        rows: dict[str, str] = {}
+        config: dict[tuple[str, ...], Any] = {}
+        before = {each.size: each.rows - each.spare for each in found}
+        after = dict(before)
+        for each in found:
+            to, own = sizes.get(each.size), before[each.size]
+            after[each.size] = to if isinstance(to, int) else own
+            if isinstance(to, int) and to != own:
+                rows |= dict(each.resized(to))
+                if each.key:
+                    config[each.key] = to + each.spare
+        return Resized(rows, config, alike(before, after))
+
+    return Sizes(values, wanted, resized)
+
+
+def joined(*parts: Sizes | None) -> Sizes | None:
+    """The sizes of a model of several towers, each with its own."""
+    held = [part for part in parts if part is not None]
+    if len(held) < 2:
+        return held[0] if held else None
+
+    def wanted(body: Body) -> Iterator[Mapping[str, Value]]:
+        ways = [list(islice(part.wanted(body), 3)) or [{}] for part in held]
+        for chosen in product(*ways):
+            yield {name: value for each in chosen for name, value in each.items()}
+
+    def resized(sizes: Mapping[str, Value]) -> Resized:
+        made = [part.resized(sizes) for part in held]
+        rows = {name: text for each in made for name, text in each.rows.items()}
+        config = {path: value for each in made for path, value in each.config.items()}
+        shown = [each.alike for each in made]
+
+        def alike(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            both = [each(seed) for each in shown if each is not None]
+            before = {name: x for old, _ in both for name, x in old.items()}
+            return before, {name: x for _, new in both for name, x in new.items()}
+
+        return Resized(rows, config, alike if all(each is not None for each in shown) else None)
+
+    return Sizes({name: value for part in held for name, value in part.values.items()}, wanted, resized)
 
 
 def _matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) -> Iterator[dict[str, int]]:
@@ -152,7 +236,7 @@ def _matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) ->
         same.sort(key=lambda name: not _is_called(name, table.words))
         if same:
             del left[same[0]]
-        elif not table.fixed:
+        elif table.more or table.fewer:
             open_tables.append(table)
     if not open_tables or not left:
         return
@@ -162,7 +246,7 @@ def _matched(ours: Sequence[Table], theirs: Mapping[str, int], most: int = 6) ->
     for count in range(min(len(names), len(by_length)), 0, -1):
         for chosen in permutations(names, count):
             for tables in permutations(by_length, count):
-                if any(t.grows_only and left[n] < t.rows for n, t in zip(chosen, tables, strict=True)):
+                if any(not t.fewer and left[n] < t.rows for n, t in zip(chosen, tables, strict=True)):
                     continue
                 key = tuple(sorted((t.size, left[n]) for n, t in zip(chosen, tables, strict=True)))
                 called = sum(_is_called(n, t.words) for n, t in zip(chosen, tables, strict=True))

@@ -75,6 +75,7 @@ ENTRIES = (
         probe="zoo_audio.whisper:whole_probe",
         outputs=("logits",),
         parts=PARTS,
+        sizes="zoo_audio.sizes:whisper",
     ),
 )
 

@@ -72,4 +72,5 @@ ENTRY = Entry(
     probe="zoo_clip.probes:clip_whole",
     outputs=("image_embeds_unnormalised", "text_embeds_unnormalised", "logits_per_image"),
     parts=PARTS,
+    sizes="zoo_clip.sizes:sizes",
 )

@@ -7,110 +7,79 @@ guessed: its tokens are others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo import Body, Resized, Sizes, Table
+from zoo import Sizes, Table, tables
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery import Checkpoint
 
-Value = int | tuple[int, ...]
-_VOCABULARY, _POSITIONS = "vocabulary", "positions"
-_WORDS = {
-    _VOCABULARY: ("word", "token", "tok", "vocab", "wte", "shared", "embed_tokens"),
-    _POSITIONS: ("pos", "place", "wpe", "where"),
-}
+_WORDS = ("word", "token", "tok", "vocab", "wte", "shared")
+_PLACES = ("pos", "place", "wpe", "where")
+_HEADS = ("lm_head.weight", "predictions.decoder.weight", "vocab_projector.weight")
+_HEAD_BIASES = (
+    *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
+    "vocab_projector.bias",
+)
+_DRAWN = "vocab_resize({name}, to={to}, seed=0)"
+_TILED = "extend_pos_embed_tile({name}, to={to}, offset={spare})"
+_CUT = "slice({name}, axis=0, start=0, stop={to})"
 
 
 def bert(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """BERT, MiniLM, DistilBERT."""
-    return _sizes(checkpoint, config, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings")
+    return _sizes(checkpoint, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings")
 
 
 def roberta(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """Positions begin behind the padding token's: two rows of the table come before the first."""
     spare = int(config.get("pad_token_id", 1)) + 1
-    return _sizes(
-        checkpoint, config, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings", spare
-    )
+    return _sizes(checkpoint, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings", spare)
 
 
 def gpt2(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """The head is the table of tokens, and grows with it."""
-    return _sizes(checkpoint, config, "wte.weight", "wpe.weight", "n_positions")
+    return _sizes(checkpoint, "wte.weight", "wpe.weight", "n_positions")
 
 
 def t5(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """Positions are relative, and fit any length."""
-    return _sizes(checkpoint, config, ("shared.weight", "embed_tokens.weight"), "", "")
+    return _sizes(checkpoint, ("shared.weight", "embed_tokens.weight"))
 
 
 def _sizes(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    word: str | tuple[str, ...],
-    place: str,
-    places_key: str,
-    spare: int = 0,
+    checkpoint: Checkpoint, word: str | tuple[str, ...], place: str = "", places_key: str = "", spare: int = 0
 ) -> Sizes | None:
     words = [name for name in checkpoint if name.endswith(word)]
     if not words:
         return None
-    place_names = [name for name in checkpoint if place and name.endswith(place)]
     vocabulary, width = checkpoint[words[0]].shape
-    tables = [Table(_VOCABULARY, vocabulary, _WORDS[_VOCABULARY], grows_only=True)]
-    values: dict[str, Value] = {_VOCABULARY: vocabulary}
-    if place_names:
-        rows = checkpoint[place_names[0]].shape[0]
-        values[_POSITIONS] = rows - spare
-        tables.append(Table(_POSITIONS, rows, _WORDS[_POSITIONS], spare))
+    words += [name for name in checkpoint if name.endswith(_HEADS) and checkpoint[name].shape[0] == vocabulary]
+    # The bias of a new token is zero: it says nothing about it.
+    biases = tuple(name for name in checkpoint if name.endswith(_HEAD_BIASES))
+    found = [Table("vocabulary", vocabulary, _WORDS, 0, tuple(words), biases, ("vocab_size",), _DRAWN)]
+    places = tuple(name for name in checkpoint if place and name.endswith(place))
+    if places:
+        rows = checkpoint[places[0]].shape[0]
+        found.append(Table("positions", rows, _PLACES, spare, places, (), (places_key,), _TILED, _CUT))
     types = [name for name in checkpoint if name.endswith("token_type_embeddings.weight")]
-    words_for = ("type", "segment", "kind")
-    tables += [Table("token types", checkpoint[name].shape[0], words_for, fixed=True) for name in types[:1]]
-
-    def wanted(body: Body) -> Iterable[Mapping[str, Value]]:
-        for found in body.lengths(tables, width):
-            yield {**values, **found}
-
-    def resized(sizes: Mapping[str, Value]) -> Resized:
-        rows: dict[str, str] = {}
-        changed = dict(config)
-        to = int(sizes[_VOCABULARY])  # type: ignore[arg-type]
-        if to != vocabulary:
-            changed["vocab_size"] = to
-            for name in checkpoint:
-                if name in words or name.endswith(("lm_head.weight", "decoder.weight", "vocab_projector.weight")):
-                    rows[name] = f"vocab_resize({name}, to={to}, seed=0)"
-                elif name.endswith(("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_projector.bias")):
-                    rows[name] = f"cat({name}, zeros(shape=({to - vocabulary},)), axis=0)"
-        if place_names and sizes[_POSITIONS] != values[_POSITIONS]:
-            places = int(sizes[_POSITIONS])  # type: ignore[arg-type]
-            changed[places_key] = places + spare
-            rows |= {name: _places(name, int(checkpoint[name].shape[0]), places + spare, spare) for name in place_names}
-        known = min(vocabulary, to)
-        longest = min(int(values.get(_POSITIONS, 64)), int(sizes.get(_POSITIONS, 64)))  # type: ignore[arg-type]
-        return Resized(rows, changed, _alike(known, longest))
-
-    return Sizes(values, wanted, resized)
+    found += [Table("token types", checkpoint[name].shape[0], ("type", "segment", "kind")) for name in types[:1]]
+    return tables(width, found, _alike)
 
 
-def _places(name: str, have: int, to: int, spare: int) -> str:
-    if to > have:
-        return f"extend_pos_embed_tile({name}, to={to}, offset={spare})"
-    return f"slice({name}, axis=0, start=0, stop={to})"
-
-
-def _alike(vocabulary: int, longest: int) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The same tokens, of the old vocabulary, in the old length."""
+def _alike(before: Mapping[str, int], after: Mapping[str, int]) -> Any:
+    """The same tokens, of both vocabularies, in a length of both."""
+    least = {size: min(length, after[size]) for size, length in before.items()}
 
     def alike(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         import torch
 
         draw = torch.Generator().manual_seed(seed)
-        ids = torch.randint(2, vocabulary, (2, min(longest, 12)), generator=draw)
+        shape = (2, min(least.get("positions", 12), 12))
+        ids = torch.randint(2, least["vocabulary"], shape, generator=draw)
         x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return x, x
 

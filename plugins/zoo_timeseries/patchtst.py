@@ -73,6 +73,7 @@ ENTRIES = (
         probe="zoo_timeseries.patchtst:whole_probe",
         outputs=("last_hidden_state", "prediction_outputs"),
         parts=PARTS,
+        sizes="zoo_timeseries.sizes:patchtst",
     ),
 )
 

@@ -94,9 +94,9 @@ def test_rules_and_sizes_together(bert: Path) -> None:
 
 
 # -- which sizes ------------------------------------------------------------------------------------------------------
-VOCABULARY = Table("vocabulary", 100, ("word", "tok"), grows_only=True)
-POSITIONS = Table("positions", 66, ("pos", "place"), spare=2)
-TYPES = Table("types", 2, ("type",), fixed=True)
+VOCABULARY = Table("vocabulary", 100, ("word", "tok"), more="more")
+POSITIONS = Table("positions", 66, ("pos", "place"), spare=2, more="more", fewer="fewer")
+TYPES = Table("types", 2, ("type",))
 
 
 @pytest.mark.parametrize(
