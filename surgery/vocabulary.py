@@ -157,8 +157,9 @@ def label_map(old: Labels, new: Labels) -> LabelMap:
     for spelled in (str, _loose):
         places: defaultdict[str, list[int]] = defaultdict(list)
         wanted: defaultdict[str, list[int]] = defaultdict(list)
+        taken = set(index)
         for row, label in enumerate(before):
-            if row not in index:
+            if row not in taken:
                 places[spelled(label)].append(row)
         for row, label in enumerate(after):
             if index[row] == NEW:
@@ -173,7 +174,8 @@ def label_map(old: Labels, new: Labels) -> LabelMap:
                     "among the new: which is which is open",
                     hint="write the index of label_remap by hand",
                 )
-    return LabelMap(tuple(index), tuple(label for row, label in enumerate(before) if row not in set(index)))
+    taken = set(index)
+    return LabelMap(tuple(index), tuple(label for row, label in enumerate(before) if row not in taken))
 
 
 def _loose(label: str) -> str:
@@ -222,7 +224,7 @@ def _read_path(path: Path) -> _Tokens:
         if not there:
             raise PlanError(f"{path} holds none of {', '.join(_FILES)}")
         tokens = _read_path(there[0])
-        said = {}
+        said: dict[str, str] = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (path / name).is_file():
                 said |= _roles_said(_json(path / name))
@@ -300,4 +302,7 @@ def _text(token: str, style: str) -> bytes:
         if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
-    return token[2:].encode() if token.startswith("##") else f" {token}".encode()
+    if token.startswith("##"):
+        return token[2:].encode()
+    # WordPiece does not say whether a space came before punctuation; most often none does
+    return f" {token}".encode() if any(letter.isalnum() for letter in token) else token.encode()

@@ -21,7 +21,7 @@ def _channels_shape(shapes: Sequence[Shape], *, to: int, base: int) -> Shape:
     if to < 1 or base < 1:
         raise PlanError(f"to={to} and base={base} count channels: 1 or more")
     if to == base:
-        if shape[1] != base:
+        if shape[1] % base:  # a multiple is a space-to-depth stem
             raise PlanError(f"a kernel of shape {show(shape)} takes {shape[1]} channels, not base={base}")
         return shape
     if to == 1:

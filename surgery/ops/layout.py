@@ -236,11 +236,13 @@ def _interleave(tensors: Sequence[Tensor], *, groups: int, axis: int) -> Tensor:
 
 def _uninterleave(shapes: Sequence[Shape], params: Mapping[str, Any]) -> list[Steps | None]:
     along, groups = axis_of(shapes[0], params["axis"]), params["groups"]
-    widths = tuple(shape[along] // groups for shape in shapes)
-    if 0 in widths:
-        return [None for _ in shapes]
-    rest = {"of": len(shapes), "groups": groups, "widths": () if len(set(widths)) == 1 else widths, "axis": along}
-    return [(Step("deinterleave", {"index": index, **rest}),) for index in range(len(shapes))]
+    held = [number for number, shape in enumerate(shapes) if shape[along]]
+    widths = tuple(shapes[number][along] // groups for number in held)
+    rest = {"of": len(held), "groups": groups, "widths": () if len(set(widths)) == 1 else widths, "axis": along}
+    return [
+        (Step("deinterleave", {"index": held.index(number), **rest}),) if number in held else None
+        for number in range(len(shapes))
+    ]
 
 
 register(

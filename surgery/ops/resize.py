@@ -137,9 +137,9 @@ register(
 )
 
 
-def _pos_1d_shape(shapes: Sequence[Shape], *, to: int, prefix: int, interpolation: str, antialias: int) -> Shape:
+def _pos_1d_shape(shapes: Sequence[Shape], *, to: int, prefix: int, interpolation: str) -> Shape:
     (shape,) = shapes
-    check_mode(interpolation, antialias, ("linear", "nearest", "nearest-exact", "area"))
+    check_mode(interpolation, 0, ("linear", "nearest", "nearest-exact", "area"))
     tokens = _tokens(shape)
     _at_least(prefix, tokens)
     if to <= prefix or tokens == prefix:
@@ -147,7 +147,7 @@ def _pos_1d_shape(shapes: Sequence[Shape], *, to: int, prefix: int, interpolatio
     return (*shape[:-2], to, shape[-1])
 
 
-def _pos_1d(tensors: Sequence[Tensor], *, to: int, prefix: int, interpolation: str, antialias: int) -> Tensor:
+def _pos_1d(tensors: Sequence[Tensor], *, to: int, prefix: int, interpolation: str) -> Tensor:
     """Learned positions of a sequence, [tokens, width] or [1, tokens, width], stretched or squeezed to `to` rows in
     all. The `prefix` rows in front (a class token, RoBERTa's 2) stay.
 
@@ -162,7 +162,7 @@ def _pos_1d(tensors: Sequence[Tensor], *, to: int, prefix: int, interpolation: s
     import torch.nn.functional as F
 
     rows = pos[..., prefix:, :].reshape(1, -1, pos.shape[-1]).permute(0, 2, 1)
-    rows = F.interpolate(rows, size=to - prefix, mode=interpolation, antialias=False)
+    rows = F.interpolate(rows, size=to - prefix, mode=interpolation)
     rows = rows.permute(0, 2, 1).reshape(*pos.shape[:-2], to - prefix, pos.shape[-1])
     return torch.cat((pos[..., :prefix, :], rows), dim=-2)
 
@@ -172,12 +172,7 @@ register(
         "resize_pos_embed_1d",
         "approximate",
         (1, 1),
-        (
-            Param("to", int),
-            PREFIX,
-            Param("interpolation", str, "linear", quiet=True),
-            Param("antialias", int, 0, quiet=True),
-        ),
+        (Param("to", int), PREFIX, Param("interpolation", str, "linear", quiet=True)),
         _pos_1d_shape,
         _pos_1d,
         partners="The causal mask and the position ids, where they are buffers, take the new length.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery import ops
 from surgery.errors import PlanError
-from surgery.expr import Expr, Name, call, evaluate, infer, parse
+from surgery.expr import Call, Expr, Name, call, evaluate, infer, parse, undone
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
@@ -120,6 +121,44 @@ def test_exact_ops_round_trip_bit_for_bit(
     assert same_bits(evaluate(expr, tensors.__getitem__), tensors["a"])
 
 
+@st.composite
+def undoable(draw: st.DrawFn) -> tuple[ops.Op, list[ops.Shape], dict[str, ops.Value]]:
+    """Any exact op that has an inverse, with arguments and parameters that fit."""
+    op = draw(st.sampled_from([op for op in ops.registered() if op.kind == "exact" and op.inverse]))
+    shape = draw(SHAPES)
+    at = draw(st.integers(0, len(shape) - 1))
+    params: dict[str, ops.Value] = {"axis": at}
+    count = draw(st.integers(1, 3))
+    if op.name in ("cat", "interleave"):
+        groups = draw(st.integers(1, 3)) if op.name == "interleave" else 1
+        lengths = [groups * draw(st.integers(0, 3)) for _ in range(count)]
+        shapes = [(*shape[:at], length, *shape[at + 1 :]) for length in lengths]
+        return op, shapes, params | ({"groups": groups} if op.name == "interleave" else {})
+    if op.name in ("rope_permute", "rope_unpermute"):
+        return op, [(2 * count * shape[0], *shape[1:])], {"heads": count}
+    if op.name == "transpose":
+        return op, [(shape[0], count)], {}
+    if op.name == "permute":
+        return op, [shape], {"dims": tuple(draw(st.permutations(range(len(shape)))))}
+    if op.name == "reshape":
+        return op, [shape], {"shape": (1, *reversed(shape), -1)}
+    if op.name == "repeat":
+        return op, [shape], {"times": tuple(draw(st.integers(1, 3)) for _ in range(len(shape) + count - 1))}
+    if op.name in ("take", "label_remap"):
+        more = draw(st.lists(st.integers(0, shape[at] - 1), max_size=3))
+        return op, [shape], params | {"index": tuple(draw(st.permutations([*range(shape[at]), *more])))}
+    return op, [shape], params if op.name == "flip" else {}
+
+
+@given(undoable(), st.sampled_from(DTYPES), st.integers(0, 100))
+def test_every_exact_op_undoes_itself_bit_for_bit(
+    case: tuple[ops.Op, list[ops.Shape], dict[str, ops.Value]], dtype: torch.dtype, seed: int
+) -> None:
+    op, shapes, params = case
+    tensors = [tensor(shape, dtype, seed + n) for n, shape in enumerate(shapes)]
+    assert op.check(tensors, **params) == sum(0 not in shape or op.name in ("permute", "reshape") for shape in shapes)
+
+
 @given(st.sampled_from([torch.bfloat16, torch.float16]), st.integers(0, 100))
 def test_a_widening_cast_round_trips(dtype: torch.dtype, seed: int) -> None:
     value = tensor((3, 2), dtype, seed)
@@ -179,9 +218,19 @@ def test_every_op_states_its_rule_and_its_signature(op: ops.Op) -> None:
 def test_arithmetic_is_unrounded_in_float64_and_rounds_once_in_half(op: ops.Op) -> None:
     shape = (3, 4)
     values = [tensor(shape, torch.float64, n).abs().clamp(max=4) + 0.1 for n in range(op.arity[0])]
-    if op.name == "weight_norm":
-        values[0] = values[0][:, :1]
-    params = {param.name: param.default if param.default is not None else 0.3 for param in op.params}
+    by_shape: dict[str, list[ops.Shape]] = {
+        "weight_norm": [(3, 1), (3, 4)],
+        "bn_fold": [(3, 4), (3,), (3,)],
+        "bn_fold_bias": [(3,)] * 5,
+        "lora_merge": [(3, 4), (3, 2), (2, 4)],
+        "lora_unmerge": [(3, 4), (3, 2), (2, 4)],
+        "inflate_2d_to_3d": [(3, 4, 1, 2)],
+    }
+    if op.name in by_shape:
+        values = [tensor(s, torch.float64, n).abs().clamp(max=4) + 0.1 for n, s in enumerate(by_shape[op.name])]
+    wanted: dict[str, ops.Value] = {"by": 0.3, "frames": 3, "times": (2, 3), "to": 6}
+    params = {p.name: p.default if p.default is not None else wanted[p.name] for p in op.params}
+    params |= {"share": 1, "axis": 1} if op.name == "widen" else {}
     read = {f"t{n}": value for n, value in enumerate(values)}
     exact = evaluate(call(op.name, *read, **params), read.__getitem__)
     assert exact.dtype == torch.float64
@@ -192,6 +241,60 @@ def test_arithmetic_is_unrounded_in_float64_and_rounds_once_in_half(op: ops.Op) 
         assert result.dtype == dtype
         # one rounding: half a unit in the last place, and the float32 in between
         assert torch.all((result.double() - wide).abs() <= wide.abs() * torch.finfo(dtype).eps * 0.51)
+
+
+@pytest.mark.parametrize("op", ops.registered(), ids=lambda op: op.name)
+def test_every_op_has_an_example_that_works_and_is_undone_as_it_says(op: ops.Op) -> None:
+    assert op.example is not None
+    read = {
+        name: tensor(value, torch.float64).nan_to_num(posinf=1.0) if isinstance(value, tuple) else torch.tensor(value)
+        for name, value in op.example.reads.items()
+    }
+    read = {name: value.double() if value.is_floating_point() else value for name, value in read.items()}
+    shapes = {name: tuple(value.shape) for name, value in read.items()}
+    expr = parse(op.example.row)
+    assert isinstance(expr, Call)
+    assert expr.op == op.name
+    assert str(parse(str(expr))) == str(expr)
+    result = evaluate(expr, read.__getitem__)
+    assert tuple(result.shape) == infer(expr, shapes.__getitem__)
+    back = undone(expr, "result", shapes.__getitem__)
+    for name, value in back.items():
+        again = evaluate(value, (read | {"result": result}).__getitem__)
+        assert infer(value, (shapes | {"result": tuple(result.shape)}).__getitem__) == shapes[name]
+        if op.kind == "exact":
+            assert same_bits(again, read[name])
+        else:
+            torch.testing.assert_close(again, read[name], rtol=1e-12, atol=1e-12)
+    if all(isinstance(arg, Name) for arg in expr.args):
+        assert op.check([read[arg.name] for arg in expr.args], **dict(expr.params)) == len(back)
+
+
+def test_a_plan_row_is_undone_step_by_step() -> None:
+    shapes = {"q": (4, 3), "k": (4, 3), "b": (3, 2), "a": (2, 4)}
+    expr = parse("cat(transpose(lora_merge(transpose(q), b, a, scale=0.5)), rope_permute(k, heads=2), axis=1)")
+    back = undone(expr, "w", shapes.__getitem__)
+    assert {name: str(value) for name, value in back.items()} == {
+        "q": "transpose(lora_unmerge(transpose(slice(w, axis=1, start=0, stop=3)), b, a, scale=0.5))",
+        "k": "rope_unpermute(slice(w, axis=1, start=3, stop=6), heads=2)",
+    }
+    read = {
+        name: tensor(shape, torch.float64, n).nan_to_num(posinf=1) for n, (name, shape) in enumerate(shapes.items())
+    }
+    read["w"] = evaluate(expr, read.__getitem__)
+    torch.testing.assert_close(evaluate(back["q"], read.__getitem__), read["q"], rtol=0, atol=1e-14)
+    assert same_bits(evaluate(back["k"], read.__getitem__), read["k"])
+
+
+def test_a_check_that_fails_says_which_argument() -> None:
+    take = ops.get("take")
+    wrong = dataclasses.replace(take, inverse=lambda shapes, params: [(ops.Step("flip", {"axis": 0}),)])
+    with pytest.raises(PlanError, match="take: argument 1 of shape 3 did not come back"):
+        wrong.check([torch.arange(3)], index=(0, 1, 2))
+    assert take.check([torch.arange(3)], index=(0, 2)) == 0
+    longer = dataclasses.replace(take, infer=lambda shapes, **_: (9,))
+    with pytest.raises(PlanError, match="take gave shape 3 where 9 was foretold"):
+        longer.check([torch.arange(3)], index=(0, 1, 2))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
