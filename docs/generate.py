@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import torch
 
-from surgery import ops
+from surgery import expr, ops
 from zoo import cli
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -34,7 +35,9 @@ def ops_page() -> Iterator[str]:
     yield (
         "What a row of a [plan](plan.md) may call. Arguments without a name are tensors: names of source tensors, or\n"
         "other calls. A parameter that is shown with a value has it as its default. The kind of a row is the worst\n"
-        "kind among its ops.\n"
+        "kind among its ops.\n\n"
+        "Each op has a worked example: what it reads, as a shape or as values, what it makes, and, where it can be\n"
+        "undone, how each of the tensors is had back from `result`.\n"
     )
     for kind in ops.KINDS:
         chosen = [op for op in ops.registered() if op.kind == kind]
@@ -44,6 +47,37 @@ def ops_page() -> Iterator[str]:
             for op in chosen:
                 yield f"### `{op.signature}`\n"
                 yield f"{op.rule}\n"
+                if op.partners:
+                    yield f"Changes with it: {op.partners[0].lower()}{op.partners[1:]}\n"
+                if op.example is not None:
+                    yield f"```text\n{chr(10).join(worked(op.example))}\n```\n"
+
+
+def worked(example: ops.Example) -> Iterator[str]:
+    """What the row reads, what it makes, and how what it read is had back: reckoned here, never typed in."""
+    row = expr.parse(example.row)
+    shapes: dict[str, ops.Shape] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in example.reads.items():
+        if isinstance(value, tuple):
+            shapes[name] = value
+            yield f"{name}: {ops.show(value)}"
+        else:
+            tensors[name] = torch.tensor(value)
+            shapes[name] = tuple(tensors[name].shape)
+            yield f"{name} = {value}"
+    if len(tensors) == len(shapes):
+        yield f"{row} = {numbers(expr.evaluate(row, tensors.__getitem__).tolist())}"
+    else:
+        yield f"{row}: {ops.show(expr.infer(row, shapes.__getitem__))}"
+    for name, back in expr.undone(row, "result", shapes.__getitem__).items():
+        yield f"{name} = {back}"
+
+
+def numbers(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(numbers, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def cell(text: str) -> str:

@@ -67,7 +67,7 @@ def _resize(tensors: Sequence[Tensor], *, to: int, seed: int) -> Tensor:
     of their covariance. One seed, the same rows: an embedding and a head that were equal stay so.
 
     Rule: transformers' resize_token_embeddings with mean_resizing (Hewitt, "Initializing New Word Embeddings for
-    Pretrained Language Models", 2021); the same numbers as after torch.manual_seed(seed).
+    Pretrained Language Models", 2021); the numbers that its sampling draws after torch.manual_seed(seed).
     """
     import torch
 
