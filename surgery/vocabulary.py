@@ -5,7 +5,7 @@
     label_map(old.config.id2label, new.id2label).index      # for label_remap
 
 Tokens are compared by what they stand for. Two tokenizers that spell the same text differently, as byte-level BPE
-("Ġthe"), SentencePiece ("▁the") and WordPiece ("the", "##ing") do, are compared by that text.
+("Ġthe"), SentencePiece ("▁the"), WordPiece ("the", "##ing") and CLIP's BPE ("the</w>") do, are compared by that text.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ _CALLED = {
     "[BOS]": "bos",
     "<bos>": "bos",
     "<|startoftext|>": "bos",
+    "<start_of_text>": "bos",
     "<|begin_of_text|>": "bos",
     "</s>": "eos",
     "[EOS]": "eos",
     "<eos>": "eos",
     "<|endoftext|>": "eos",
     "<|end_of_text|>": "eos",
+    "<end_of_text>": "eos",
 }
 
 
@@ -129,8 +131,9 @@ def token_map(
     alike = styles[0] == styles[1] or "plain" in styles
     texts: dict[bytes, int] = {}
     if not alike:
-        for token, at in sorted(known.items(), key=lambda item: item[1], reverse=True):
-            texts[_text(token, styles[0])] = at  # of two tokens for one text the older one
+        # of two tokens for one text the later assignment stays: one that ends a word, then the older one
+        for token, at in sorted(known.items(), key=lambda item: (item[0].endswith("</w>"), -item[1])):
+            texts[_text(token, styles[0])] = at
     for token, at in after.ids.items():
         if alike:
             found[at] = known.get(token, NEW)
@@ -280,7 +283,8 @@ def _roles_said(table: Any) -> dict[str, str]:
 
 def _style(ids: Mapping[str, int]) -> str:
     starts = Counter("##" if token.startswith("##") else token[:1] for token in ids if len(token) > 1)
-    marks = {"byte-level": starts["Ġ"], "sentencepiece": starts["▁"], "wordpiece": starts["##"]}
+    ends = sum(token.endswith("</w>") for token in ids)
+    marks = {"byte-level": starts["Ġ"], "sentencepiece": starts["▁"], "wordpiece": starts["##"], "word-end": ends}
     style, most = max(marks.items(), key=lambda item: item[1])
     return style if most else "plain"
 
@@ -295,9 +299,13 @@ def _bytes_of() -> dict[str, int]:
 
 def _text(token: str, style: str) -> bytes:
     """The bytes of text that a token stands for, with a space where a word begins."""
-    if style == "byte-level":
+    if style in ("byte-level", "word-end"):
         letters = _bytes_of()
-        return bytes(letters[letter] for letter in token) if all(c in letters for c in token) else token.encode()
+        bare = token.removesuffix("</w>") if style == "word-end" else token
+        known = all(letter in letters for letter in bare)
+        text = bytes(letters[letter] for letter in bare) if known else bare.encode()
+        # the end of a word is most often that of a whole one
+        return b" " + text if style == "word-end" and bare != token and any(c.isalnum() for c in bare) else text
     if style == "sentencepiece":
         if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
             return bytes([int(token[3:5], 16)])

@@ -91,6 +91,38 @@ register(
 )
 
 
+def _normal_shape(_: Sequence[Shape], *, shape: tuple[int, ...], std: float, seed: int) -> Shape:
+    if not 0 <= std < float("inf"):
+        raise PlanError(f"std={std} has to be 0 or more, and finite")
+    if not 0 <= seed < 2**63:
+        raise PlanError(f"seed={seed} is no seed: 0 to 2^63 - 1")
+    return _constant_shape(_, shape=shape)
+
+
+def _normal(_: Sequence[Tensor], *, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Numbers drawn from a normal distribution about 0: the router of a mixture of experts, a head's new weight. The
+    same for the same seed, whatever was drawn before. In float64, as all constants.
+
+    Rule: torch.nn.init.normal_ with a generator of its own; 0.02 is the deviation of GPT-2 and BERT.
+    """
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std
+
+
+register(
+    Op(
+        "normal",
+        "exact",
+        (0, 0),
+        (_SHAPE, Param("std", float, 0.02), Param("seed", int, 0)),
+        _normal_shape,
+        _normal,
+        example=Example("normal(shape=(8, 768))"),
+    )
+)
+
+
 def _dirac_shape(_: Sequence[Shape], *, shape: tuple[int, ...]) -> Shape:
     if len(shape) not in (2, 3, 4, 5) or min(shape) < 1:
         raise PlanError(f"shape={shape} is no kernel: 2 to 5 axes, out x in x ..., each of 1 or more")

@@ -361,6 +361,7 @@ REFUSED: list[tuple[str, list[tuple[int, ...]], dict[str, ops.Value], str]] = [
     ("widen", [(4, 3)], {"to": 3}, "to=3 is less than the 4 of axis 0"),
     ("widen", [(4, 3)], {"to": 6, "spread": "odd"}, "none of random, even"),
     ("dirac", [], {"shape": (2, 2, 2)}, "has no middle"),
+    ("normal", [], {"shape": (2,), "std": -1.0}, "std=-1.0 has to be 0 or more"),
 ]
 
 

@@ -68,7 +68,10 @@ def test_a_resized_vocabulary_is_that_of_transformers_number_by_number(
     assert torch.equal(run("vocab_resize", table, to=new, seed=seed + 1), mine)
     # as a person calls it, where other draws come first: the same distribution
     model.resize_token_embeddings(new)
-    spread = 7 * 1e-9**0.5 * float(table.double().std(0, correction=0).max()) + float(table.abs().max()) * torch.finfo(dtype).eps
+    spread = (
+        7 * 1e-9**0.5 * float(table.double().std(0, correction=0).max())
+        + float(table.abs().max()) * torch.finfo(dtype).eps
+    )
     torch.testing.assert_close(mine, model.transformer.wte.weight.detach(), rtol=0, atol=2 * spread)
 
 

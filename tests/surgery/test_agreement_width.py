@@ -67,6 +67,12 @@ def test_heads_stay_whole_and_fused_projections_apart(
     mine = run("shrink_width", fused, to=parts * kept * width, unit=width, parts=parts)
     apart = [run("shrink_width", part, to=kept * width, unit=width) for part in fused.chunk(parts)]
     assert torch.equal(mine, torch.cat(apart))
+    same = {"seed": seed, "unit": width}
+    wide = run("widen", fused, to=parts * (heads + kept) * width, parts=parts, **same)
+    assert torch.equal(
+        wide, torch.cat([run("widen", p, to=(heads + kept) * width, **same) for p in fused.chunk(parts)])
+    )
+    assert ops.get("widen").check([fused], to=parts * (heads + kept) * width, parts=parts, **same) == 1
     for head in mine.reshape(parts * kept, width, -1):
         assert any(torch.equal(head, old) for old in fused.reshape(parts * heads, width, -1))
 

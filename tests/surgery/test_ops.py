@@ -333,6 +333,17 @@ def test_a_constant_follows_the_type_it_meets() -> None:
     assert torch.all(torch.isinf(evaluate(parse("full(shape=(2, 1), value=-inf)"), lambda _: weight)))
 
 
+def test_what_is_drawn_depends_on_its_seed_alone() -> None:
+    def draw(text: str) -> Tensor:
+        return evaluate(parse(text), {}.__getitem__)
+
+    first = draw("normal(shape=(100, 100), seed=3)")
+    torch.rand(5)
+    assert torch.equal(first, draw("normal(shape=(100, 100), seed=3)"))
+    assert not torch.equal(first, draw("normal(shape=(100, 100), seed=4)"))
+    assert float(first.std()) == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,6 +50,18 @@ def test_tokens_of_other_families_go_by_their_text_and_special_ones_by_their_rol
     assert "3 of them by role" in str(found)
     at = dict(zip(PIECES, token_map(BYTES, PIECES).old, strict=True))
     assert at == {"<unk>": NEW, "<s>": NEW, "</s>": 0, "<0x0A>": 7, "▁the": 1, "▁cat": 3, "s": 2, "é": 8, ",": 5}
+
+
+def test_clips_own_vocabulary_is_met() -> None:
+    clip = SimpleTokenizer().encoder
+    same = token_map(clip, clip)
+    assert same.rows == f"0:{len(clip)}"
+    at = dict(zip(PIECES, token_map(clip, PIECES).old, strict=True))
+    assert at["▁the"] == clip["the</w>"]
+    assert at["▁cat"] == clip["cat</w>"]
+    assert at["<s>"] == clip["<start_of_text>"]
+    assert at[","] == clip[",</w>"]
+    assert at["s"] == clip["s"]
 
 
 def test_a_tokenizer_says_its_roles_itself() -> None:
