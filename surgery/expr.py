@@ -281,7 +281,9 @@ def infer(expr: Expr, shape_of: Callable[[str], Shape]) -> Shape:
         return ops.get(expr.op).infer(shapes, **dict(expr.params))
     except PlanError as error:
         listed = [f"\n    {arg}: {ops.show(shape)}" for arg, shape in zip(expr.args, shapes, strict=True)]
-        raise PlanError(f"{expr.op}: {error}\n  in {expr}{''.join(listed)}", hint=error.hint) from None
+        text = str(expr)
+        short = text if len(text) <= 400 else f"{text[:300]} ... {text[-40:]}"  # the map of a vocabulary fills pages
+        raise PlanError(f"{expr.op}: {error}\n  in {short}{''.join(listed)}", hint=error.hint) from None
 
 
 def evaluate(expr: Expr, read: Callable[[str], Tensor]) -> Tensor:

@@ -129,7 +129,7 @@ register(
         _permute_shape,
         _permute,
         inverse=_unpermute,
-        example=Example("permute(w, dims=(3, 2, 0, 1))", {"w": (16, 16, 3, 768)}),
+        example=Example("permute(w, dims=(3, 2, 0, 1))", {"w": (4, 4, 3, 192)}),
     )
 )
 
@@ -164,7 +164,7 @@ register(
         _reshape_shape,
         _reshape,
         inverse=lambda shapes, params: [(Step("reshape", {"shape": shapes[0]}),)],
-        example=Example("reshape(w, shape=(768, -1))", {"w": (768, 3, 16, 16)}),
+        example=Example("reshape(w, shape=(192, -1))", {"w": (192, 3, 4, 4)}),
     )
 )
 

@@ -385,7 +385,8 @@ def _rel(tensors: Sequence[Tensor], *, to: tuple[int, ...], grid: tuple[int, ...
     grow geometrically, dense about the centre, and interpolates linearly between them.
 
     Rule: timm.layers.resize_rel_pos_bias_table_simple, bicubic without antialias in the tensor's own type; geometric:
-    timm.layers.resize_rel_pos_bias_table, in float32, after the fine-tuning of BEiT (Bao et al., arXiv 2106.08254).
+    timm.layers.resize_rel_pos_bias_table, in float32, after the fine-tuning of BEiT (Bao et al., arXiv 2106.08254);
+    timm itself takes it for Swin and BEiT when it loads a checkpoint of another window.
     """
     table = floating(tensors[0], "resize_rel_pos_bias")
     rows, columns = _table(tuple(table.shape), grid, extra)

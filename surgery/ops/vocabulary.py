@@ -91,7 +91,7 @@ register(
             else None
         ],
         partners="The embedding, the head over the same tokens and the head's bias change together, with one seed.",
-        example=Example("vocab_resize(wte.weight, to=50264, seed=0)", {"wte.weight": (50257, 768)}),
+        example=Example("vocab_resize(wte.weight, to=104, seed=0)", {"wte.weight": (100, 8)}),
     )
 )
 

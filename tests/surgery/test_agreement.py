@@ -19,6 +19,10 @@ from timm.layers import (
     resize_rel_pos_bias_table_simple,
 )
 from timm.models import adapt_input_conv
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn as load_swin
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as load_vit
 from torch import Tensor, nn
 from whisper.model import sinusoids
 
@@ -262,6 +266,32 @@ def test_folded_norms_are_torchs(
     x = random((2, cin, 5, 5), dtype, seed)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(fused(x), norm(conv(x)), rtol=tolerance, atol=tolerance)
+
+
+def test_a_vision_transformer_takes_what_timms_own_loading_makes() -> None:
+    torch.manual_seed(0)
+    small = {"embed_dim": 12, "depth": 1, "num_heads": 3, "num_classes": 2}
+    source = VisionTransformer(img_size=64, patch_size=16, **small)
+    target = VisionTransformer(img_size=(96, 80), patch_size=8, in_chans=1, **small)
+    state = source.state_dict()
+    nn.init.normal_(state["pos_embed"])
+    theirs = dict(state)
+    theirs["patch_embed.proj.weight"] = adapt_input_conv(1, theirs["patch_embed.proj.weight"])
+    theirs = load_vit(theirs, target)
+    positions = run("resize_pos_embed_2d", state["pos_embed"], grid=(4, 4), to=(12, 10), prefix=1)
+    grey = run("adapt_input_channels", state["patch_embed.proj.weight"], to=1)
+    assert torch.equal(positions, theirs["pos_embed"])
+    assert torch.equal(run("resize_patch_embed", grey, to=(8, 8)), theirs["patch_embed.proj.weight"])
+
+
+def test_a_swin_takes_what_timms_own_loading_makes() -> None:
+    torch.manual_seed(0)
+    small = {"embed_dim": 6, "depths": (1,), "num_heads": (3,), "patch_size": 4, "num_classes": 2}
+    source = SwinTransformer(img_size=56, window_size=7, **small)
+    target = SwinTransformer(img_size=64, window_size=8, **small)
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    mine = run("resize_rel_pos_bias", source.state_dict()[name], to=(15, 15), rule="geometric")
+    assert torch.equal(mine, load_swin(dict(source.state_dict()), target)[name])
 
 
 EMPTY: list[tuple[str, list[tuple[int, ...]], dict[str, ops.Value], tuple[int, ...]]] = [

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from surgery import ops
 from surgery.errors import PlanError
-from surgery.expr import call, evaluate, infer
+from surgery.expr import call, evaluate, infer, parse
 from surgery.ops.vocabulary import NEW, read_rows, spell_rows
 
 SEEDS = st.integers(0, 1000)
@@ -130,6 +130,10 @@ def test_a_large_map_stays_small_and_quick() -> None:
     assert len(text) < 450_000
     expr = call("vocab_map", "w", rows=text)
     assert infer(expr, {"w": (50257, 4)}.__getitem__) == (50257, 4)
+    assert parse(str(expr)) == expr
+    with pytest.raises(PlanError, match="names the old row 50255") as error:
+        infer(expr, {"w": (9, 4)}.__getitem__)
+    assert len(str(error.value)) < 600
     assert spell_rows(range(50257)) == "0:50257"
 
 
