@@ -131,7 +131,7 @@ def test_a_large_map_stays_small_and_quick() -> None:
     expr = call("vocab_map", "w", rows=text)
     assert infer(expr, {"w": (50257, 4)}.__getitem__) == (50257, 4)
     assert parse(str(expr)) == expr
-    with pytest.raises(PlanError, match="names the old row 50255") as error:
+    with pytest.raises(PlanError, match=f"names the old row {max(old)}") as error:
         infer(expr, {"w": (9, 4)}.__getitem__)
     assert len(str(error.value)) < 600
     assert spell_rows(range(50257)) == "0:50257"
