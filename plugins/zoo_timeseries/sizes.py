@@ -72,13 +72,12 @@ def _wanted(series: _Series, body: Body) -> Iterator[Mapping[str, Value]]:
 
 def _patches(series: _Series, body: Body) -> list[int]:
     """Lengths of patches, by the maps that give vectors of the model's width."""
-    maps = _beside(series.width, body.shapes.values())
+    maps = _beside(series.width, (shape for name, shape in body.shapes.items() if name not in body.tables))
     if series.patch in maps:
         return [series.patch]
     said = [each for each in body.words(*_PATCH_WORDS) if isinstance(each, int) and each in maps]
-    known = _beside(series.width, (info.shape for info in series.checkpoint.values()))
-    tables = set(body.rows(series.width).values())
-    return [*said, *sorted(maps - known - tables)][:3]
+    known = _beside(series.width, (each.shape for name, each in series.checkpoint.items() if name != series.places))
+    return [*said, *sorted(maps - known)][:3]
 
 
 def _beside(width: int, shapes: Iterable[tuple[int, ...]]) -> set[int]:
