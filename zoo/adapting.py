@@ -7,12 +7,13 @@ stands in the plan's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
-from zoo.sizes import Body, Resized, Sizes, Value
+from zoo.sizes import LABELS, Body, Resized, Sizes, Value
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zoo.entry import PartProbe
     from zoo.grafting import Source
 
+VOCABULARY = "vocabulary"
 _ROUNDING = 1e-4  # what float32 alone does to an output
 _MOST = 4  # ways of reading a target's sizes that are tried
 
@@ -35,10 +37,14 @@ class Change:
     before: Mapping[str, Value]
     after: Mapping[str, Value]  # of those that changed
     resized: Resized
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        said = [f"{name} {_shown(self.before[name])} -> {_shown(value)}" for name, value in self.after.items()]
-        return ", ".join(said)
+        said = [
+            _labels(value) if name == LABELS else f"{name} {_shown(self.before[name])} -> {_shown(value)}"
+            for name, value in self.after.items()
+        ]
+        return ", ".join([*said, *self.notes])
 
     def reference(self) -> PartProbe | None:
         """The model of these sizes, holding the resized tensors."""
@@ -61,6 +67,12 @@ class Change:
                 if moved is not None:
                     found[name] = max(found.get(name, 0.0), moved)
         return found
+
+
+def _labels(index: Value) -> str:
+    assert isinstance(index, tuple)
+    made = index.count(-1)
+    return f"labels by name: {len(index) - made} kept" + (f", {made} new" if made else "")
 
 
 def _shown(value: Value) -> str:
@@ -95,15 +107,92 @@ def changes(
     sizes = _sizes(source)
     if sizes is None:
         return
+    forced = _forced(source, sizes, rules)
     tried: list[Mapping[str, Value]] = []
-    for wanted in sizes.wanted(Body.of(model, inputs, arguments)):
-        after = {name: value for name, value in wanted.items() if value != sizes.values[name]}
+    for wanted in [*islice(sizes.wanted(Body.of(model, inputs, arguments)), _MOST), {}]:
+        after = {name: value for name, value in {**wanted, **forced}.items() if value != sizes.values[name]}
         if not after or after in tried:
             continue
         tried.append(after)
         yield _change(source, sizes, after, rules)
-        if len(tried) == _MOST:
+
+
+def _forced(source: Source, sizes: Sizes, rules: Sequence[Rule]) -> dict[str, Value]:
+    """The vocabulary that a person's rules make."""
+    from surgery.derived import derive
+    from surgery.rules import derivation
+
+    own = sizes.values.get(VOCABULARY)
+    theirs = remade(source, rules)
+    if not isinstance(own, int) or not theirs:
+        return {}
+    made = derive(source.checkpoint, derivation(source.checkpoint, making(rules)).rows)
+    lengths = {made[name].shape[0] for name in rows_of_tokens(sizes) if name in theirs}
+    return {VOCABULARY: lengths.pop()} if len(lengths) == 1 else {}
+
+
+def rows_of_tokens(sizes: Sizes) -> tuple[str, ...]:
+    """The tensors that have a row for each token."""
+    own = sizes.values.get(VOCABULARY)
+    if not isinstance(own, int):
+        return ()
+    return tuple(sizes.resized({**sizes.values, VOCABULARY: own + 1}).rows)
+
+
+def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Rule, ...], str]:
+    """The rules that give each token of a person's tokenizer the row that it has in the source's, and how many were
+    copied and made. `tokenizer`: what surgery.vocabulary.token_map takes; the source's lies beside its weights."""
+    from surgery.rules import Derive
+    from surgery.vocabulary import token_map
+
+    sizes = _sizes(source)
+    names = rows_of_tokens(sizes) if sizes is not None else ()
+    names = tuple(name for name in names if name in source.checkpoint)
+    if sizes is None or not names:
+        raise ZooError(
+            f"{source.ref} has no table of tokens that is known, so a tokenizer says nothing of it", kind="unknown"
+        )
+    folder = source.located.weights.parent
+    own = sizes.values[VOCABULARY]
+    assert isinstance(own, int)
+    found = token_map(folder, tokenizer, old_size=own)
+    width = source.checkpoint[names[0]].shape[-1]
+    rows = sorted(count for count in Body.of(model).rows(width).values() if count >= len(found.old))
+    if rows and rows[0] != len(found.old):  # a table may have more rows than there are tokens
+        found = token_map(folder, tokenizer, old_size=own, new_size=rows[0])
+    rules = tuple(Derive(name, f'vocab_map({name}, rows="{found.rows}", seed=0)', implied=True) for name in names)
+    return rules, str(found)
+
+
+def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:
+    """The rules that a plan's rows show: what an approximate op made of a source tensor, `but` of those that other
+    rules make."""
+    from surgery import ops
+    from surgery.expr import Call, Expr, Name
+    from surgery.rules import Derive
+
+    found: dict[str, str] = {}
+
+    def chain(expr: Expr) -> str:
+        """The tensor at the end of a chain of ops that take one."""
+        while isinstance(expr, Call) and len(expr.args) == 1:
+            expr = expr.args[0]
+        return expr.name if isinstance(expr, Name) else ""
+
+    def walk(expr: Expr) -> None:
+        if isinstance(expr, Name):
             return
+        name = chain(expr)
+        if ops.get(expr.op).kind == "approximate" and name and name not in but:
+            found.setdefault(name, str(expr))
+            return
+        for arg in expr.args:
+            walk(arg)
+
+    for row in plan.rows:
+        if row.expr is not None:
+            walk(row.expr)
+    return tuple(Derive(name, text, implied=True) for name, text in found.items())
 
 
 def _sizes(source: Source) -> Sizes | None:

@@ -48,6 +48,7 @@ class Asked:
     why: bool
     rules: str | None = None
     layers: str | None = None
+    tokenizer: str | None = None
 
 
 def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +67,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--plan", metavar="PLAN.graft.toml", help="Apply this plan, edited or not; nothing is searched.")
     @click.option("--rules", metavar="FILE", help="What you want otherwise, a rule a line: see zoo graft in the docs.")
     @click.option("--layers", metavar="0,2,4", help="Keep these blocks of the source and leave the others out.")
+    @click.option("--tokenizer", metavar="PATH", help="Your own (tokenizer.json, vocab.txt): rows are found by token.")
     @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
     @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
     @click.option("--require", type=click.Choice(_REQUIRE), default="consistent", help="The least verdict to accept.")
@@ -148,7 +150,7 @@ def verify(
     asked = Asked(
         ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False
     )
-    job = _prepare(out, asked)
+    job = _prepare(out, asked, made.plan)
     wrong = written.differences(made, job.source, job.target.model)
     if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
@@ -177,8 +179,8 @@ def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) 
     last: surgery.PlanError | None = None
     for way in job.ways():
         assert way.probe is not None
-        held, rules = job.source.checkpoint, way.change.rules if way.change is not None else ()
-        run = partial(surgery.verify, held, job.target.model, plan, passes=passes, rules=rules, into=into)
+        held = job.source.checkpoint
+        run = partial(surgery.verify, held, job.target.model, plan, passes=passes, rules=way.rules, into=into)
         try:
             proof = run(probe=way.probe)
         except surgery.PlanError as error:  # it was made in other sizes
@@ -202,15 +204,14 @@ class Job:
     ways: Callable[[], Iterator[Attempt]]  # to run both; they are tried in turn
     notes: tuple[str, ...] = ()
     plan: surgery.Plan | None = None  # the one to apply, where one was given
-    rules: tuple[object, ...] = ()
 
 
-def _prepare(out: Out, asked: Asked) -> Job:
+def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
     """Everything that can be wrong with what was asked is found here, the person's own file first."""
     from zoo import api, grafting, target
 
     target.split(asked.file)
-    given = _given(asked.plan) if asked.plan is not None else None
+    given = _given(asked.plan) if asked.plan is not None else given
     host = host_for(out)
     host.pick(asked.ref)
     made = None if asked.fit else target.load(asked.file, sets=asked.sets, seed=asked.seed)
@@ -233,10 +234,10 @@ def _prepare(out: Out, asked: Asked) -> Job:
         ways = partial(
             grafting.attempts, source, made.model, into=asked.into, static=True, arguments=made.arguments, rules=rules
         )
-        return Job(source, made, ways, ("nothing was run, as --static asks",), given, rules)
+        return Job(source, made, ways, ("nothing was run, as --static asks",), given)
     if source.probe is None:
         ways = partial(grafting.attempts, source, made.model, into=asked.into)
-        return Job(source, made, ways, (f"{source.unrunnable()}; nothing was run",), given, rules)
+        return Job(source, made, ways, (f"{source.unrunnable()}; nothing was run",), given)
     example = target.example_of(made, asked.example)
 
     def tried() -> Iterator[Attempt]:
@@ -249,9 +250,11 @@ def _prepare(out: Out, asked: Asked) -> Job:
                 where=f"{made.file}: {made.name}",
                 arguments=made.arguments,
                 rules=rules,
+                plan=given,
+                tokenizer=asked.tokenizer,
             )
 
-    return Job(source, made, tried, (), given, rules)
+    return Job(source, made, tried, (), given)
 
 
 def _wait(out: Out, job: Job) -> None:
@@ -323,7 +326,7 @@ def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, lea
     from zoo.grafting import operate
 
     try:
-        return operate(job.source, job.target.model, way, plan=given, rules=job.rules, into=asked.into, require=least)
+        return operate(job.source, job.target.model, way, plan=given, into=asked.into, require=least)
     except surgery.GraftError as error:
         if error.report is None:
             raise

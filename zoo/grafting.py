@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import surgery
     from surgery.proof import Proof
+    from surgery.rules import Rule
     from zoo.adapting import Change
     from zoo.host import Host
     from zoo.hub import Hub
@@ -187,12 +188,16 @@ def probe_for(
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to graft: with the entry's own reference, or with its model in the sizes of the target."""
+    """One way to graft: with the entry's own reference, or with its model in the sizes of the target.
+
+    rules: those that this way needs; what was asked for, and what follows from the sizes.
+    """
 
     probe: surgery.Probe | None
     notes: tuple[str, ...] = ()
     change: Change | None = None
     runnable: PartProbe | None = None  # what the probe runs
+    rules: tuple[Rule, ...] = ()
 
 
 def attempts(
@@ -205,20 +210,33 @@ def attempts(
     static: bool = False,
     arguments: Mapping[str, Any] | None = None,
     rules: Any = (),
+    plan: surgery.Plan | None = None,
+    tokenizer: Any = None,
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
     first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said.
-    `arguments` are those that the target was made with."""
-    from surgery.rules import checked
-    from zoo.adapting import changes, derived
 
-    given = checked(rules)
-    runnable = None if static else source.reference()
+    arguments: those that the target was made with. plan: one that is given; what it resized, is. tokenizer: the
+    target's, by whose tokens rows of the vocabulary are chosen.
+    """
+    from surgery.rules import checked
+    from zoo.adapting import by_token, changes, derived, of_plan, remade
+
     grafted = submodule(model, into) if into else model
+    own, said = checked(rules), ""
+    if tokenizer is not None:
+        chosen, said = by_token(source, tokenizer, grafted)
+        own = (*own, *chosen)
+    elif plan is not None:
+        own = (*own, *(rule for rule in checked(plan.rules) if rule not in own))
+        own = (*own, *of_plan(plan, but=remade(source, own)))
+    spoken = (f"vocabulary by token: {said}",) if said else ()
+    runnable = None if static else source.reference()
     passed: list[str] = []
-    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments, given):
+    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments, own):
+        change = replace(change, notes=spoken)
         if runnable is None:
-            yield Attempt(None, change=change)
+            yield Attempt(None, change=change, rules=(*change.rules, *own))
             continue
         try:
             resized = change.reference()
@@ -229,14 +247,14 @@ def attempts(
                 raise
             passed.append(f"not possible as {change}: {error}")
             continue
-        yield Attempt(probe, notes, change, resized)
+        yield Attempt(probe, notes, change, resized, (*change.rules, *own))
     if runnable is None:
-        yield Attempt(None, tuple(passed))
+        yield Attempt(None, (*spoken, *passed), rules=own)
         return
-    runnable = derived(source, given).reference()  # holds what the rules make, where they make anything
+    runnable = derived(source, own).reference()  # holds what the rules make, where they make anything
     assert runnable is not None
     probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
-    yield Attempt(probe, (*notes, *passed), None, runnable)
+    yield Attempt(probe, (*spoken, *notes, *passed), None, runnable, own)
 
 
 def _seen(grafted: nn.Module, runnable: PartProbe | None, example: Any, into: str) -> dict[str, tuple[int, ...]]:
@@ -307,7 +325,6 @@ def operate(
     attempt: Attempt,
     *,
     plan: surgery.Plan | None = None,
-    rules: Any = (),
     into: str = "",
     require: str = "consistent",
 ) -> surgery.Report:
@@ -319,13 +336,12 @@ def operate(
     import surgery
 
     source.hashing()
-    rules = (*(attempt.change.rules if attempt.change is not None else ()), *rules)
     try:
         report = surgery.graft(
-            source.checkpoint, model, probe=attempt.probe, plan=plan, rules=rules, into=into, require=require
+            source.checkpoint, model, probe=attempt.probe, plan=plan, rules=attempt.rules, into=into, require=require
         )
     except surgery.GraftError as error:
-        report = _on_the_rest(source, model, attempt, error, rules, into, require)
+        report = _on_the_rest(source, model, attempt, error, into, require)
     report = _costed(source, attempt, report)
     return replace(report, plan=source.stamped(report.plan))
 
@@ -346,7 +362,6 @@ def _on_the_rest(
     model: nn.Module,
     attempt: Attempt,
     error: surgery.GraftError,
-    rules: Any,
     into: str,
     require: str,
 ) -> surgery.Report:
@@ -361,7 +376,9 @@ def _on_the_rest(
     if not kept:
         raise error
     less, found = with_outputs(probe, kept), replace(report.plan, diagnosis="")
-    again = surgery.graft(source.checkpoint, model, probe=less, plan=found, rules=rules, into=into, require=require)
+    again = surgery.graft(
+        source.checkpoint, model, probe=less, plan=found, rules=attempt.rules, into=into, require=require
+    )
     note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
     return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))
 
@@ -424,27 +441,40 @@ def graft(
     probe: surgery.Probe | None = None,
     plan: surgery.Plan | None = None,
     rules: Any = (),
+    tokenizer: Any = None,
     into: str = "",
     require: str = "consistent",
 ) -> surgery.Report:
     """Fill `target` with the weights behind `ref`, and prove it. The model changes only if the verdict is good enough.
 
     `example` is what the target's forward takes (a tensor, a tuple or a dict by name), where its parameters' names do
-    not say; `probe` replaces the entry's own reference; `into` grafts into a submodule.
+    not say; `probe` replaces the entry's own reference; `into` grafts into a submodule. `rules` say what is wanted
+    otherwise than the source has it (surgery.rules). `tokenizer` is the target's own (an object of tokenizers or
+    transformers, or a path): then rows of the vocabulary are found by token, and not by number.
     """
     import surgery
     from zoo.target import checked_example
 
     source = resolve(ref, part=part)
     if probe is not None:
-        return operate(source, target, Attempt(probe), plan=plan, rules=rules, into=into, require=require)
+        way = Attempt(probe, rules=surgery.rules.checked(rules))
+        return operate(source, target, way, plan=plan, into=into, require=require)
     given = None if example is None else checked_example(example, "example")
-    ways = attempts(source, target, example=given, into=into, where=type(target).__name__, rules=rules)
+    ways = attempts(
+        source,
+        target,
+        example=given,
+        into=into,
+        where=type(target).__name__,
+        rules=rules,
+        plan=plan,
+        tokenizer=tokenizer,
+    )
     errors: list[surgery.GraftError] = []
 
     def run(way: Attempt) -> surgery.Report:
         try:
-            return operate(source, target, way, plan=plan, rules=rules, into=into, require=require)
+            return operate(source, target, way, plan=plan, into=into, require=require)
         except surgery.GraftError as error:
             if error.report is None:
                 raise

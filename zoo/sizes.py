@@ -69,12 +69,14 @@ class Body:
     said: {attribute, lower case: the whole numbers or tuples of them that its modules hold under that name}; and the
         arguments that it was made with, where they are known.
     inputs: the shapes of the entry's standard inputs ("pixel_values", "input_ids"), where an example shows them.
+    labels: the names of its classes in order, where it has them as `id2label` or `classes`.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     tables: Mapping[str, tuple[int, ...]]
     said: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -102,7 +104,8 @@ class Body:
                 plain = _plain(value)
                 if plain is not None and not name.startswith("_"):
                     said.setdefault(name.lower(), {})[plain] = None
-        return cls(shapes, tables, {name: tuple(values) for name, values in said.items()}, dict(inputs or {}))
+        words = {name: tuple(values) for name, values in said.items()}
+        return cls(shapes, tables, words, dict(inputs or {}), names_of_classes(model))
 
     def words(self, *names: str) -> list[Value]:
         """The values that the target's modules hold under these attribute names, each once."""
@@ -122,6 +125,18 @@ class Body:
         first. Tables of equal length are one another's; names that say what a table is come before lengths that only
         follow the same order."""
         return _matched(tables, self.rows(width))
+
+
+def names_of_classes(model: nn.Module) -> tuple[str, ...]:
+    """What a module says its classes are, in order: `id2label` or `classes`, its own or its config's; else nothing."""
+    for holder in (model, getattr(model, "config", None)):
+        for word in ("id2label", "classes"):
+            found = getattr(holder, word, None)
+            if isinstance(found, Mapping) and found:
+                found = [found[key] for key in sorted(found, key=int)]
+            if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
+                return tuple(found)
+    return ()
 
 
 def _plain(value: object) -> Value | None:
@@ -199,6 +214,42 @@ def tables(
         return Resized(rows, config, alike(before, after))
 
     return Sizes(values, wanted, resized)
+
+
+def labelled(
+    known: Sequence[str],
+    heads: Sequence[str],
+    configured: Callable[[tuple[str, ...]], Mapping[tuple[str, ...], Any]],
+) -> Sizes | None:
+    """The rows of a head by the names of its classes: chosen, reordered, and a row of zeros for a class that is new.
+
+    known: the source's names, in order. heads: its weights and biases, a row for each. configured: the target's names
+    -> what changes in the configuration. None where the source does not know its classes.
+    """
+    if not known or not heads or len(set(known)) != len(known):
+        return None
+
+    def wanted(body: Body) -> Iterator[Mapping[str, Value]]:
+        from surgery.vocabulary import label_map
+
+        if body.labels and set(body.labels) & set(known):
+            theirs.update({LABELS: body.labels})
+            yield {LABELS: label_map(known, body.labels).index}
+
+    theirs: dict[str, tuple[str, ...]] = {LABELS: tuple(known)}
+    own = tuple(range(len(known)))
+
+    def resized(sizes: Mapping[str, Value]) -> Resized:
+        index = sizes.get(LABELS, own)
+        if index == own:
+            return Resized({}, {}, lambda seed: ({}, {}))
+        rows = {name: f"label_remap({name}, index={index})" for name in heads}
+        return Resized(rows, configured(theirs[LABELS]), lambda seed: ({}, {}))
+
+    return Sizes({LABELS: own}, wanted, resized)
+
+
+LABELS = "labels"
 
 
 def joined(*parts: Sizes | None) -> Sizes | None:

@@ -139,3 +139,51 @@ def test_a_plugin_whose_sizes_are_no_sizes(bert: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("zoo_text.sizes.bert", wrong)
     with pytest.raises(zoo.ZooError, match=r"zoo_text.sizes:bert gave a int, and not zoo.Sizes"):
         zoo.graft(f"file:{bert}#encoder", target(), example=example())
+
+
+# -- tokens and labels by name ----------------------------------------------------------------------------------------
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(35))]
+
+
+@pytest.fixture(scope="module")
+def with_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    tiny_bert.save(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+def test_rows_by_token_where_a_tokenizer_is_given(with_words: Path, tmp_path: Path) -> None:
+    mine = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "word7", "word3", "new", "word30"]
+    (tmp_path / "vocab.txt").write_text("\n".join(mine) + "\n")
+    model = target(vocabulary=8)
+    ids = {"ids": torch.tensor([[2, 4, 5, 6, 7, 3]]), "mask": torch.ones(1, 6), "kinds": torch.zeros(1, 6).long()}
+    report = zoo.graft(f"file:{with_words}#encoder", model, example=ids, tokenizer=tmp_path / "vocab.txt")
+    assert report.verdict == "adapted"
+    old, new = surgery.open(with_words).read("embeddings.word_embeddings.weight"), model.get_parameter("word.weight")
+    for token in (name for name in mine if name in WORDS):
+        assert torch.equal(new[mine.index(token)], old[WORDS.index(token)]), token
+    assert any("vocabulary by token: 8 tokens: 7 copied" in note for note in report.plan.notes)
+    report.plan.save(tmp_path / "plan.toml")
+    again = target(vocabulary=8)
+    plan = surgery.Plan.load(tmp_path / "plan.toml")
+    assert zoo.graft(f"file:{with_words}#encoder", again, example=ids, plan=plan).verdict == "adapted"
+    assert torch.equal(again.get_parameter("word.weight"), new)
+
+
+def test_the_same_number_of_other_tokens_is_no_plain_copy(with_words: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(reversed(WORDS)) + "\n")
+    model = target()
+    report = zoo.graft(f"file:{with_words}#encoder", model, example=example(), tokenizer=tmp_path / "vocab.txt")
+    assert report.verdict == "adapted"
+    old = surgery.open(with_words).read("embeddings.word_embeddings.weight")
+    assert torch.equal(model.get_parameter("word.weight"), old.flip(0))
+
+
+def test_a_tokenizer_for_what_has_no_tokens(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(zoo.ZooError, match="no table of tokens"):
+        zoo.graft(f"file:{tmp_path / 'model.safetensors'}", nn.Linear(2, 3), tokenizer=tmp_path / "vocab.txt")
