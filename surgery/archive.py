@@ -8,6 +8,10 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from surgery.reader import LocalFile
 
 # What Python's readers of archives, and of pickles and arrays in them, raise on damaged bytes.
 DAMAGE = (
@@ -23,6 +27,13 @@ def zip_names(path: Path) -> list[str]:
             return archive.namelist()
     except DAMAGE:
         return []
+
+
+def stored_offset(file: LocalFile, member: zipfile.ZipInfo) -> int:
+    """Where the content of an uncompressed member begins; the local header's own lengths say so."""
+    local = file.bytes(member.header_offset, 30)
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    return member.header_offset + 30 + lengths
 
 
 def is_pickle_record(name: str) -> bool:

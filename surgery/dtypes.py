@@ -48,6 +48,11 @@ _NOT_SAFETENSORS = frozenset({"C32", "C128"})
 SAFETENSORS: frozenset[str] = frozenset(_TABLE) - _NOT_SAFETENSORS
 
 
+def attributes() -> list[tuple[str, str]]:
+    """Each name, and the attribute of torch that is its type."""
+    return [(name, attribute) for name, (_, attribute) in _TABLE.items() if attribute]
+
+
 def bits(dtype: str) -> int:
     """Bits of one element."""
     try:
@@ -87,7 +92,7 @@ def torch_shape(dtype: str, shape: Sequence[int]) -> tuple[int, ...]:
 def _names() -> dict[torch.dtype, str]:
     import torch
 
-    pairs = ((getattr(torch, attribute, None), name) for name, (_, attribute) in _TABLE.items() if attribute)
+    pairs = ((getattr(torch, attribute, None), name) for name, attribute in attributes())
     return {dtype: name for dtype, name in pairs if isinstance(dtype, torch.dtype)}
 
 

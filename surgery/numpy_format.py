@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from surgery import dtypes
-from surgery.archive import DAMAGE, reason
+from surgery.archive import DAMAGE, reason, stored_offset
 from surgery.errors import CheckpointError
 from surgery.reader import LocalFile, Reader, Span, TensorInfo, check_slices
 
@@ -85,11 +85,8 @@ class NpzReader(Reader):
         self.notes = tuple(notes)
 
     def _stored(self, member: zipfile.ZipInfo, start: int, nbytes: int) -> Span:
-        """The bytes of an uncompressed array; the local header's own lengths say where they begin."""
-        local = self._file.bytes(member.header_offset, 30)
-        begin = (
-            member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        )
+        """The bytes of an uncompressed array."""
+        begin = stored_offset(self._file, member)
         if begin + start + nbytes > self._file.size:
             raise ValueError(f"{member.filename} reaches beyond the end of the file")
         return Span(self._file, begin + start, nbytes)

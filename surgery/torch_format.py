@@ -1,7 +1,7 @@
 """What torch.save writes: a zip whose tensors are mapped, and the older pickle stream. Only tensors are ever built.
 
-Such a file is a pickle, and a pickle can hold code. It is loaded with weights_only=True and in no other way; where
-that refuses, the names that it refused are given, read from the pickle without running it.
+Such a file is a pickle, and a pickle can hold code. It is loaded with weights_only=True; where that refuses names that
+the pickle holds, it is read as data (`surgery.pickled`), and so is a program of TorchScript's (`surgery.torchscript`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from surgery import pickled, torchscript
 from surgery.archive import DAMAGE, is_pickle_record, reason, zip_names
 from surgery.errors import CheckpointError
 from surgery.memory import MemoryReader
@@ -30,12 +31,8 @@ def open(path: Path) -> Reader:
                 f"{path}: truncated: a zip archive without its list of contents, which lies at the end",
                 hint="The file is incomplete or damaged. Download or copy it again.",
             )
-        if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
-            raise CheckpointError(
-                f"{path}: a TorchScript archive: a program, not only weights",
-                hint="If you trust it, save its weights alone: "
-                f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")',
-            )
+        if torchscript.is_archive(names):
+            return torchscript.open(path)
         if not any(is_pickle_record(name) for name in names):
             raise CheckpointError(
                 f"{path}: a zip archive without a data.pkl, so not written by torch.save",
@@ -61,7 +58,7 @@ def _load(path: Path, *, mapped: bool) -> Reader:
     except Exception as error:  # torch lets anything through: RuntimeError, KeyError, UnpicklingError, struct.error ...
         refused = _names_in(path)
         if refused and not isinstance(error, (MemoryError, OSError)):
-            raise _refusal(path, refused) from None
+            return pickled.open(path, zipped=mapped)
         raise CheckpointError(
             f"{path}: torch cannot load it: {reason(error)}",
             hint="The file may be incomplete. Download or copy it again.",

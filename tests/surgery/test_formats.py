@@ -184,18 +184,18 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "np.savez",
     ),
     "npz of text": ("m.npz", lambda path: np.savez(path, x=np.array(["a"])), "no arrays of numbers", ""),
-    "code": ("m.pt", saved({"x": torch.ones(1), "y": Code()}), "would call posix.system", "weights_only=False"),
+    "code": ("m.pt", saved({"x": torch.ones(1), "y": Code()}), "would call posix.system", "Do not load it"),
     "code, old": ("m.pt", saved({"x": torch.ones(1), "y": Code()}, **OLD), "would call posix.system", "safetensors"),
     "code, protocol 4": ("m.pt", saved([Code()], pickle_protocol=4), "would call posix.system", "safetensors"),
     "code, plain pickle": ("m.bin", raw(pickle.dumps(Code())), "would call posix.system", "safetensors"),
     "code, pickle of text": ("m.ckpt", raw(pickle.dumps(Code(), 0)), "would call posix.system", "safetensors"),
     "two classes": (
-        "m.pt",
-        saved({"args": argparse.Namespace(a=1), "p": Path("a"), "x": torch.ones(1)}),
+        "m.bin",
+        raw(pickle.dumps({"args": argparse.Namespace(a=1), "p": Path("a")})),
         "would call argparse.Namespace, pathlib.PosixPath",
         "safetensors",
     ),
-    "module": ("m.pt", saved(torch.nn.Linear(2, 2)), "torch.nn.modules.linear.Linear", "safetensors"),
+    "a class, and no tensors": ("m.pt", saved({"args": argparse.Namespace(a=1)}), "no tensors in it (", "names to"),
     "plain pickle of data": ("m.bin", raw(pickle.dumps({"a": 1})), "not written by torch.save", "file "),
     "tensor alone": ("m.pt", saved(torch.ones(3)), "holds Tensor, not a dict", "names to tensors"),
     "no tensors": ("m.pt", saved({"epoch": 3, "opt": {"lr": 0.1}}), "no tensors in it (entries: epoch (int)", "names"),
@@ -268,11 +268,11 @@ def test_damage_is_read_past_or_refused_and_nothing_else(
     assert refused
 
 
-def test_torchscript_is_refused(tmp_path: Path) -> None:
+def test_torchscript_without_a_program_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
         for name in ("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"):
             archive.writestr(name, b"")
-    with pytest.raises(CheckpointError, match="TorchScript"):
+    with pytest.raises(CheckpointError, match="a TorchScript archive that cannot be read"):
         checkpoint.open(tmp_path / "m.pt")
 
 
@@ -311,8 +311,11 @@ def test_a_nested_state_dict_is_unwrapped_and_said(key: str, tmp_path: Path) -> 
     content = {key: {"module.x": torch.ones(2)}, "epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}
     torch.save(content, tmp_path / "m.pt")
     opened = checkpoint.open(tmp_path / "m.pt")
-    assert list(opened) == ["module.x"], "prefixes are the mapper's business"
-    assert opened.notes == (f"The weights are under {key!r}; not read: epoch (int), optimizer (dict).",)
+    assert list(opened) == ["x"]
+    assert opened.notes == (
+        f"The weights are under {key!r}; not read: epoch (int), optimizer (dict).",
+        "Every name began with 'module.', which is left out: it is of torch's DataParallel, and of no model.",
+    )
     assert checkpoint.open(content).notes == opened.notes
 
 
@@ -321,6 +324,7 @@ def test_two_wrappers_and_what_lies_beside(tmp_path: Path) -> None:
     assert list(opened) == ["x"]
     assert opened.notes == (
         "The weights are under 'model'; not read: ema (a dict of 1 tensors).",
+        "An average of the weights over training is under 'ema'; for that one: surgery.open(MAPPING['ema']).",
         "The weights are under 'state_dict'.",
         "Not tensors, and left out: version (int).",
     )
