@@ -42,7 +42,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The text that the file carries beside its tensors."""
+        """The text that the file carries beside its tensors. What a pickle holds there (arguments, sizes,
+        hyper-parameters) is JSON, each under its key."""
         return self._reader.metadata
 
     @property
@@ -123,19 +124,24 @@ class Checkpoint(Mapping[str, TensorInfo]):
             raise CheckpointError(f"{self.source}: no tensor named {name!r}", hint=hint)
 
 
-def open(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint) -> Checkpoint:
+def open(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint, *, key: str | None = None) -> Checkpoint:
     """Open a checkpoint: headers only, nothing is read until it is asked for.
 
     `source` is a path: a .safetensors file, the index of a sharded checkpoint, a folder that holds one of these, what
     torch.save wrote (only tensors are ever loaded from it), an .npz, or a format that a plugin registered; or a
     mapping of tensors such as a state dict, which is not copied. A Checkpoint is given back as it is.
+
+    Weights within a dict of other things are found, and `notes` says where; `key` names the entry that is meant where
+    there are several, such as an average over training. What a wrapper around a whole model puts before every name
+    (`module.`, `_orig_mod.`) is left out. What lies beside the tensors is in `metadata`, as JSON. Raises
+    CheckpointError where it is no checkpoint, is damaged, or could mean more than one.
     """
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
         from surgery.memory import MemoryReader
 
-        return Checkpoint(MemoryReader(source))
+        return Checkpoint(MemoryReader(source, key=key))
     if not isinstance(source, (str, os.PathLike)):
         hint = "Pass a path or a mapping of tensors."  # type: ignore[unreachable]
         if hasattr(source, "state_dict"):
@@ -145,7 +151,7 @@ def open(source: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint) -> 
         raise CheckpointError("the path of the checkpoint is empty", hint="Give the path of a checkpoint.")
     from surgery.formats import open_path
 
-    return Checkpoint(open_path(Path(source)))
+    return Checkpoint(open_path(Path(source), key))
 
 
 def raw_bytes(tensor: Tensor, what: str) -> memoryview:

@@ -64,10 +64,11 @@ def _is_npz(path: Path, head: bytes) -> bool:
 
 
 _ZIP = b"PK\x03\x04"
+_TORCH = "torch"
 _BUILT_IN = (
     Format("safetensors", (".safetensors",), _is_safetensors, "surgery.safetensors_format:open"),
     Format("sharded", (".index.json",), _is_index, "surgery.shards:open"),
-    Format("torch", (".bin", ".pt", ".pth", ".ckpt"), _is_torch, "surgery.torch_format:open"),
+    Format(_TORCH, (".bin", ".pt", ".pth", ".ckpt"), _is_torch, "surgery.torch_format:open"),
     Format("npz", (".npz",), _is_npz, "surgery.numpy_format:open"),
 )
 _registered: dict[str, Format] = {}
@@ -102,20 +103,20 @@ def formats() -> tuple[Format, ...]:
     return (*_BUILT_IN, *_registered.values())
 
 
-def open_path(path: Path) -> Reader:
+def open_path(path: Path, key: str | None = None) -> Reader:
     """The reader of a checkpoint file, or of the one checkpoint in a folder."""
     if "\0" in str(path):
         raise CheckpointError(f"{str(path)!r}: not a path: it has a null byte in it", hint="Check the path.")
     if not os.path.isdir(path):  # Path.is_dir would raise for a name that is too long
-        return open_file(path)
+        return open_file(path, key)
     chosen, passed = _in_folder(path)
-    reader = open_file(chosen)
+    reader = open_file(chosen, key)
     if passed:
         reader.notes = (*reader.notes, f"Of {path}, {chosen.name} was read, not {', '.join(sorted(passed))}.")
     return reader
 
 
-def open_file(path: Path) -> Reader:
+def open_file(path: Path, key: str | None = None) -> Reader:
     """The reader of one file, by its first bytes."""
     if not os.path.exists(path):
         raise _absent(path)
@@ -125,20 +126,22 @@ def open_file(path: Path) -> Reader:
         raise CheckpointError(f"{path}: the file is empty", hint="Download or copy it again.")
     for format in formats():
         if format.sniff(path, head):
-            return _opened(format, path)
+            return _opened(format, path, key)
     _raise_if_foreign(path, head)
     for format in formats():
         if path.name.endswith(format.suffixes):
-            return _opened(format, path)
+            return _opened(format, path, key)
     raise CheckpointError(
         f"{path}: not a checkpoint in any format known here ({', '.join(format.name for format in formats())})",
         hint=f"Look at what it is: file {path}",
     )
 
 
-def _opened(format: Format, path: Path) -> Reader:
-    opener = _resolve(format.open) if isinstance(format.open, str) else format.open
-    opened = opener(path)
+def _opened(format: Format, path: Path, key: str | None) -> Reader:
+    opener: Any = _resolve(format.open) if isinstance(format.open, str) else format.open
+    if key is not None and format.name != _TORCH:
+        raise CheckpointError(f"{path}: a {format.name} file, which has no entry {key!r}", hint="Leave the key out.")
+    opened = opener(path) if key is None else opener(path, key)
     if isinstance(opened, Reader):
         return opened
     if isinstance(opened, Mapping):

@@ -40,14 +40,21 @@ _LONGEST = 1 << 16  # characters of JSON that are kept of one thing beside the t
 
 
 class MemoryReader(Reader):
-    """`source` names where the tensors came from, `holder` the expression that gives the dict, for hints."""
+    """`source` names where the tensors came from; `holder` is how one of several dicts in it is had, for hints, with
+    KEY for its key; `key` is the one that was asked for."""
 
     def __init__(
-        self, content: Mapping[Any, Any], *, source: str = "<mapping>", files: tuple[Path, ...] = (), holder: str = ""
+        self,
+        content: Mapping[Any, Any],
+        *,
+        source: str = "<mapping>",
+        files: tuple[Path, ...] = (),
+        holder: str = "surgery.open(MAPPING[KEY])",
+        key: str | None = None,
     ) -> None:
         self.source = source
         self.files = files
-        found = state_dict_in(content, source, holder or "MAPPING")
+        found = state_dict_in(content, source, holder, key)
         self._tensors, self.notes, self.metadata = found.tensors, found.notes, found.metadata
         self.infos = {name: info_of(tensor) for name, tensor in self._tensors.items()}
 
@@ -83,10 +90,9 @@ class Found:
     metadata: dict[str, str]
 
 
-def state_dict_in(content: object, source: str, holder: str) -> Found:
+def state_dict_in(content: object, source: str, holder: str, chosen: str | None = None) -> Found:
     """The tensors of a state dict, unwrapped where it lies inside another dict, under the names that they have in the
-    model: without what a wrapper around all of it put before them."""
-    inside = ""
+    model: without what a wrapper around all of it put before them. `chosen` is the key of the one that is meant."""
     notes: list[str] = []
     beside: dict[str, str] = {}
     for _ in range(_LEVELS):
@@ -95,14 +101,15 @@ def state_dict_in(content: object, source: str, holder: str) -> Found:
                 f"{source}: holds {_described(content)}, not a dict of tensors", hint=_not_a_dict_hint(content, holder)
             )
         tensors = {key: value for key, value in content.items() if _is_tensor(value)}
-        if tensors and not _only_beside(tensors, content):
+        if tensors and chosen is None and not _only_beside(tensors, content):
             break
-        key = _wrapper(content, source, holder and holder + inside)
+        key = _asked(content, chosen, source) if chosen is not None else _wrapper(content, source, holder)
+        chosen = None
         others = {name: value for name, value in content.items() if name != key}
         notes.append(f"The weights are under {key!r}" + (f"; not read: {_listed(others)}." if others else "."))
-        notes += _averages(key, others, holder and holder + inside)
+        notes += _averages(key, others, holder)
         beside |= _kept(others)
-        content, inside = content[key], f"{inside}[{key!r}]"
+        content, holder = content[key], holder.replace("KEY", f"{key!r}][KEY") if "[KEY]" in holder else ""
     else:
         raise CheckpointError(f"{source}: dicts within dicts, {_LEVELS} deep, and no tensors", hint=_SAVE)
     odd = [key for key in tensors if not isinstance(key, str)]
@@ -137,8 +144,20 @@ def _wrapper(content: Mapping[Any, Any], source: str, holder: str) -> Any:
         raise CheckpointError(f"{source}: no tensors in it ({what})", hint=_no_tensors_hint(content))
     raise CheckpointError(
         f"{source}: {len(found)} dicts of tensors in it: {', '.join(_key_said(key) for key in found[:_SHOWN])}",
-        hint=f"Choose one, and pass it as a mapping: surgery.open({holder}[{found[0]!r}])." if holder else _SAVE,
+        hint=f"Choose one: {holder.replace('KEY', repr(found[0]))}." if holder else _SAVE,
     )
+
+
+def _asked(content: Mapping[Any, Any], key: str, source: str) -> str:
+    if key not in content or not isinstance(content[key], Mapping):
+        holding = [_key_said(other) for other, value in content.items() if _holds_tensors(value)]
+        raise CheckpointError(
+            f"{source}: no dict of tensors under {key!r}",
+            hint=f"There is one under {', '.join(holding[:_SHOWN])}."
+            if holding
+            else "It holds the tensors themselves.",
+        )
+    return key
 
 
 _SAVE = "Save the one that is meant by itself, where the file was made: torch.save(weights, FILE)."
@@ -153,7 +172,7 @@ def _averages(taken: Any, others: Mapping[Any, Any], holder: str) -> list[str]:
     found = [key for key, value in others.items() if _is_average(key) and _holds_tensors(value)]
     said = [
         f"An average of the weights over training is under {key!r}"
-        + (f"; for that one: surgery.open({holder}[{key!r}])." if holder else ".")
+        + (f"; for that one: {holder.replace('KEY', repr(key))}." if holder else ".")
         for key in found
         if not _is_average(taken)
     ]

@@ -22,25 +22,23 @@ from surgery.stored import Storages, StoredReader, StreamStorages, ZipStorages
 
 _AGAIN = "The file is incomplete or damaged. Download or copy it again."
 _PICKLES_BEFORE = 3  # the older stream: a magic number, the protocol and a word on the machine, then the content
-_NAMES = (
-    1_000_000  # tensors of a module: a part that is shared, of parts that are shared, has a name for each way to it
-)
+_NAMES = 1_000_000  # parts of a module, each counted once for each way to it
 _DEPTH = 200
 
 # What runs commands, code, or the loader of either.
 _SYSTEM = (
-    "os.", "posix.", "nt.", "subprocess.", "pty.", "popen2.", "commands.get", "socket.", "shutil.", "ctypes.", "sys.",
-    "webbrowser.", "runpy.", "importlib.", "pydoc.", "code.interact", "code.Interactive", "timeit.", "cProfile.run",
-    "profile.run", "pdb.", "bdb.", "asyncio.", "pip.", "imp.load", "pickle.", "_pickle.", "cPickle.", "marshal.",
-    "types.FunctionType", "types.CodeType", "torch.load", "torch.serialization.", "torch.hub.",
+    "os.", "posix.", "nt.", "subprocess.", "pty.", "popen2.", "commands.", "socket.", "shutil.", "ctypes.", "sys.",
+    "io.", "_io.", "webbrowser.", "runpy.", "importlib.", "pydoc.", "code.interact", "code.Interactive", "timeit.",
+    "cProfile.run", "profile.run", "pdb.", "bdb.", "asyncio.", "pip.", "imp.load", "pickle.", "_pickle.", "cPickle.",
+    "marshal.", "types.FunctionType", "types.CodeType", "torch.load", "torch.serialization.", "torch.hub.",
     "torch.utils.cpp_extension.", "numpy.testing.",
 )  # fmt: skip
 _RUNNING = ("eval", "exec", "execfile", "compile", "open", "file", "input", "__import__", "breakpoint", "globals")
 _BUILTINS = frozenset(f"builtins.{name}" for name in _RUNNING)
 
 
-def open(path: Path, *, zipped: bool) -> Reader:
-    """A reader of a zip of torch.save, or of the stream that it wrote before 1.6."""
+def open(path: Path, *, zipped: bool, key: str | None = None) -> Reader:
+    """A reader of a zip of torch.save, or of the stream that it wrote before 1.6; `key` is the entry that is meant."""
     file = LocalFile(path)
     try:
         content, storages = _zip(path, file) if zipped else _stream(file)
@@ -53,7 +51,7 @@ def open(path: Path, *, zipped: bool) -> Reader:
             f"{path}: holds more than tensors: unpickling it would call {', '.join(harmful)}. Nothing of it was run",
             hint="Do not load it anywhere. Look for the same weights as safetensors, from where they were published.",
         )
-    found = state_dict_in(weights, str(path), "")
+    found = state_dict_in(weights, str(path), f'surgery.open("{path}", key=KEY)', key)
     reader = StoredReader(path, found.tensors, storages)
     reader.notes, reader.metadata = (*stood_in(content.kinds), *found.notes), found.metadata
     return reader
@@ -86,8 +84,10 @@ def pickle_of(archive: zipfile.ZipFile, name: str) -> Content:
 
 
 def folder_of(archive: zipfile.ZipFile) -> str:
-    """The folder of an archive that torch wrote, with its slash; and ValueError where it was written big endian."""
-    record = next(name for name in archive.namelist() if is_pickle_record(name))
+    """The folder of an archive of torch, with its slash; ValueError where it is none, or of the other byte order."""
+    record = next((name for name in archive.namelist() if is_pickle_record(name)), None)
+    if record is None:
+        raise ValueError("it has no data.pkl")
     folder = record.removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder").strip() != b"little":
         raise ValueError("it was written on a machine of the other byte order")

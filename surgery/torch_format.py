@@ -21,7 +21,8 @@ _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save's str
 _HARMLESS = frozenset({"collections.OrderedDict", "collections.Counter", "_codecs.encode"})
 
 
-def open(path: Path) -> Reader:
+def open(path: Path, key: str | None = None) -> Reader:
+    """The tensors of a file; under `key` where it holds a dict of several dicts of tensors."""
     file = LocalFile(path)
     head = file.bytes(0, min(file.size, 64))
     if head[:4] == b"PK\x03\x04":
@@ -32,13 +33,17 @@ def open(path: Path) -> Reader:
                 hint="The file is incomplete or damaged. Download or copy it again.",
             )
         if torchscript.is_archive(names):
+            if key is not None:
+                raise CheckpointError(
+                    f"{path}: a TorchScript archive, which has no entry {key!r}", hint="Leave it out."
+                )
             return torchscript.open(path)
         if not any(is_pickle_record(name) for name in names):
             raise CheckpointError(
                 f"{path}: a zip archive without a data.pkl, so not written by torch.save",
                 hint="If it is an archive of checkpoints, unpack it: python -m zipfile -e FILE FOLDER.",
             )
-        return _load(path, mapped=True)
+        return _load(path, key, mapped=True)
     if head[:1] != b"\x80" or _MAGIC not in head[:32]:
         refused = _names_in(path)
         if refused:
@@ -47,10 +52,10 @@ def open(path: Path) -> Reader:
             f"{path}: not written by torch.save, though its name says so",
             hint=f"Look at what it is: file {path}",
         )
-    return _load(path, mapped=False)
+    return _load(path, key, mapped=False)
 
 
-def _load(path: Path, *, mapped: bool) -> Reader:
+def _load(path: Path, key: str | None, *, mapped: bool) -> Reader:
     import torch
 
     try:
@@ -58,12 +63,12 @@ def _load(path: Path, *, mapped: bool) -> Reader:
     except Exception as error:  # torch lets anything through: RuntimeError, KeyError, UnpicklingError, struct.error ...
         refused = _names_in(path)
         if refused and not isinstance(error, (MemoryError, OSError)):
-            return pickled.open(path, zipped=mapped)
+            return pickled.open(path, zipped=mapped, key=key)
         raise CheckpointError(
             f"{path}: torch cannot load it: {reason(error)}",
             hint="The file may be incomplete. Download or copy it again.",
         ) from error
-    return MemoryReader(content, source=str(path), files=(path,), holder=f'torch.load("{path}", weights_only=True)')
+    return MemoryReader(content, source=str(path), files=(path,), holder=f'surgery.open("{path}", key=KEY)', key=key)
 
 
 def _refusal(path: Path, names: list[str]) -> CheckpointError:

@@ -2,7 +2,8 @@
 
 Nothing of the program is compiled or run. data.pkl holds the modules as objects with their attributes, and is read as
 data. Which attributes are parameters and which are buffers only the program says, in the heads of its classes, which
-are read as text; as in torch (csrc/jit/api/module.h), a buffer is any other attribute of the type Tensor.
+are read as text. As in torch (csrc/jit/api/module.h), a buffer is listed as one and has the type Tensor; where a class
+lists none, as before the lists were introduced, every attribute of that type is one, which is how torch had it then.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ from surgery.stored import StoredReader, StoredTensor, ZipStorages
 
 _AGAIN = "The file is incomplete or damaged. Download or copy it again."
 _CLASS = re.compile(r"class (\w+)\((\w*)\):")
-_PARAMETERS = re.compile(r"  __parameters__ = \[(.*)\]")
+_LISTED = re.compile(r"  __(parameters|buffers)__ = \[(.*)\]")
 _ATTRIBUTE = re.compile(r'  (?:__annotations__\["(?P<odd>.*)"\] =|(?P<name>\w+) :) (?P<type>\S.*)')
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass
 class _Class:
-    """The head of a class. `types` are of its attributes, in order."""
+    """The head of a class. `types` are of its attributes, in order; no `buffers` where it does not list them."""
 
     module: bool
-    parameters: set[str] = field(default_factory=set)
+    parameters: frozenset[str] = frozenset()
+    buffers: frozenset[str] | None = None
     types: dict[str, str] = field(default_factory=dict)
 
 
 def is_archive(names: list[str]) -> bool:
-    """Whether a zip with these members is a program of TorchScript's."""
-    return any(name.endswith("constants.pkl") for name in names) and any("code/" in name for name in names)
+    """Whether a zip with these members is a program of TorchScript's; torch tells it by the same."""
+    return any(name == "constants.pkl" or name.endswith("/constants.pkl") for name in names)
 
 
 def open(path: Path) -> Reader:
@@ -77,15 +79,14 @@ def _gather(module: object, program: _Program, names: Names, odd: list[str]) -> 
     head = program.head(module.kind)
     attributes = module.attributes
     tensors = [name for name in attributes if head.types.get(name) == "Tensor"]
-    for parameters in (True, False):
-        for name in tensors:
-            value = attributes[name]
-            if (name in head.parameters) is not parameters:
-                continue
-            if isinstance(value, StoredTensor):
-                names.add(name, value)
-            elif value is not None:
-                odd.append(name)
+    parameters = [name for name in tensors if name in head.parameters]
+    listed = tensors if head.buffers is None else head.buffers
+    buffers = [name for name in tensors if name in listed and name not in head.parameters]
+    for name in (*parameters, *buffers):
+        if isinstance(attributes[name], StoredTensor):
+            names.add(name, attributes[name])
+        elif attributes[name] is not None:
+            odd.append(name)
     for name, value in attributes.items():
         if isinstance(value, Placeholder) and isinstance(name, str):
             if value.kind.startswith("__torch__.torch.classes."):
@@ -122,8 +123,8 @@ def _classes(text: str) -> dict[str, _Class]:
             head = found[opened[1]] = _Class(opened[2] == "Module")
         elif head is None or line.startswith("  def "):
             head = None
-        elif listed := _PARAMETERS.match(line):
-            head.parameters.update(_QUOTED.findall(listed[1]))
+        elif listed := _LISTED.match(line):
+            setattr(head, listed[1], frozenset(_QUOTED.findall(listed[2])))
         elif declared := _ATTRIBUTE.match(line):
             name = declared["name"] or declared["odd"]
             head.types.setdefault(name, declared["type"])

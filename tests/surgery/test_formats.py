@@ -204,7 +204,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "m.pt",
         saved({"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1)}}),
         "2 dicts of tensors in it: 'student', 'teacher'",
-        ".pt\", weights_only=True)['student'])",
+        ".pt\", key='student')",
     ),
     "numbers as names": ("m.pt", saved({0: torch.ones(1)}), "the name of a tensor is 0", "state_dict()"),
 }
