@@ -93,6 +93,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
             self._check(name)
         return Checkpoint(_View(self._reader, renamed))
 
+    def noted(self, note: str) -> Checkpoint:
+        """The same checkpoint with a further note."""
+        noted = self.view(self)
+        noted._reader.notes = (*self.notes, note)
+        return noted
+
     def structure_hash(self) -> str:
         """sha256 over names, dtypes and shapes, whatever the order and the file format."""
         digest = hashlib.sha256()

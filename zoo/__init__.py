@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from zoo.sizes import Table as Table
     from zoo.sizes import joined as joined
     from zoo.sizes import tables as tables
+    from zoo.sources import described as described
 
 # Where each public name lives. A name is imported when it is first used, so that `import zoo` costs nothing.
 _HOMES = {
@@ -55,6 +56,7 @@ _HOMES = {
     "Source": "zoo.entry",
     "Table": "zoo.sizes",
     "ZooError": "zoo.errors",
+    "described": "zoo.sources",
     "entries": "zoo.api",
     "fill": "zoo.building",
     "find": "zoo.api",
@@ -85,6 +87,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "Table",
     "ZooError",
     "__version__",
+    "described",
     "entries",
     "fill",
     "find",

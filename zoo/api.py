@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -101,10 +101,19 @@ def pull(ref: str, *, part: str | None = None, revision: str | None = None, offl
 def open_whole(located: Located, of: Host | None = None) -> surgery.Checkpoint:
     """The checkpoint of located files, whatever part was asked for; plugins' formats are known when it is opened."""
     import surgery
+    from zoo.sources import unprefixed
 
-    for extra in (of or host()).formats():
+    of = of or host()
+    for extra in of.formats():
         surgery.register(extra)
-    return surgery.open(located.weights)
+    checkpoint = surgery.open(located.weights, key=located.key)
+    if located.pick.entry.parts or located.pick.entry.probe:
+        return checkpoint
+
+    def evidence(tensors: Mapping[str, surgery.TensorInfo]) -> int:
+        return max((found.matched for found in of.recognise(located.config, tensors)), default=0)
+
+    return unprefixed(checkpoint, evidence)
 
 
 def open_located(located: Located, of: Host | None = None) -> surgery.Checkpoint:

@@ -35,7 +35,8 @@ def zoo_resolve(ref: str) -> Entry | None:
 
 @hookspec
 def zoo_recognise(config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> list[Recognition]:  # type: ignore[empty-body]
-    """What an unlabelled checkpoint could be, with the evidence. `config` is its config.json, or empty."""
+    """What an unlabelled checkpoint could be, with the evidence. `config` is its config.json; where there is none, what
+    a file of torch holds beside its tensors, each dict under its key there (`dims`, `args`, `hyper_parameters`)."""
 
 
 @hookspec

@@ -295,7 +295,11 @@ class Host:
         return Entry(name, tags={"default": (source,)}, default_tag="default")
 
     def recognise(self, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> list[Recognition]:
-        """What an unlabelled checkpoint could be, best evidence first; equal ones all stand at the top."""
+        """What an unlabelled checkpoint could be, best evidence first; equal ones all stand at the top. Without a
+        config.json, plugins are given what the file itself says of its model."""
+        from zoo.sources import described
+
+        config = config or described(tensors)
         found = [given for _, given in self._call("zoo_recognise", Recognition, config=config, tensors=tensors)]
         return sorted(found, key=lambda recognition: (-recognition.matched, recognition.entry))
 

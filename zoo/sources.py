@@ -11,13 +11,16 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.entry import Pick, Source
 from zoo.errors import ZooError
 from zoo.hub import Hub, choose_beside, choose_weights, shards_of
+
+if TYPE_CHECKING:
+    import surgery
 
 # Reasons that leave the other sources a chance. Anything else (a typo, a gate, a wrong hash) is the answer.
 _PASSES = ("package", "file", "offline", "network", "server", "rate-limit", "repository", "missing", "revision", "hub")
@@ -35,6 +38,7 @@ class Located:
     checked: Mapping[str, str] | None = None  # file -> sha256, for those the entry knows
     passed_over: tuple[str, ...] = ()
     note: str = ""
+    key: str | None = None  # the entry of a file of several, as in file:thing.pt:state_dict_ema
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,6 +67,49 @@ def read_config(weights: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ZooError(f"{path} is not a configuration: it holds no object", kind="file")
     return config
+
+
+def described(tensors: object) -> dict[str, Any]:
+    """What a file itself says of its model, each under its key in the file: `dims`, `args`, `cfg`, `hyper_parameters`.
+
+    Nothing for tensors without metadata. Only dicts are kept, so that nothing in them is taken for an entry of a
+    config.json.
+    """
+    found = {}
+    metadata: Mapping[str, str] = getattr(tensors, "metadata", {})
+    for name, text in metadata.items():
+        try:
+            value = json.loads(text)
+        except ValueError:  # text of another kind, as safetensors' "format": "pt"
+            continue
+        if isinstance(value, dict):
+            found[name] = value
+    return found
+
+
+# What people call the model inside of a training module, which then stands before every name.
+_INSIDE = ("model", "net", "network", "backbone", "module")
+
+
+def unprefixed(
+    checkpoint: surgery.Checkpoint, recognise: Callable[[Mapping[str, surgery.TensorInfo]], int]
+) -> surgery.Checkpoint:
+    """The checkpoint without what a training module puts before every name, where it is recognised better so.
+
+    `recognise` says how well something is recognised: the pieces of evidence, 0 for not at all. `model.` is a name of
+    its own in many layouts, so that names alone do not tell; a Lightning module around a ViT is recognised without it.
+    """
+    for _ in range(3):
+        first = next(iter(checkpoint), "").partition(".")[0]
+        prefix = f"{first}."
+        if first not in _INSIDE or not all(name.startswith(prefix) and name != prefix for name in checkpoint):
+            break
+        inner = checkpoint.view({name.removeprefix(prefix): name for name in checkpoint})
+        if recognise(inner) <= recognise(checkpoint):
+            break
+        note = f"Every name began with {prefix!r}, which is left out: the rest is recognised, and with it it is not."
+        checkpoint = inner.noted(note)
+    return checkpoint
 
 
 def locate(
@@ -98,7 +145,9 @@ def locate(
             passed.append(f"{source}: {last}")
             continue
         checked = _check(source, found) if check else None
-        return Located(chosen, source, found.weights, found.files, found.commit, checked, tuple(passed), found.note)
+        return Located(
+            chosen, source, found.weights, found.files, found.commit, checked, tuple(passed), found.note, found.key
+        )
     if uncached and not download:
         return None
     if last is None:
@@ -114,6 +163,7 @@ class _Found:
     files: tuple[Path, ...]
     commit: str | None = None
     note: str = ""
+    key: str | None = None
 
 
 def _expanded(sources: Sequence[Source], expand: Callable[[str], Pick]) -> list[Source]:
@@ -135,19 +185,25 @@ def _from(source: Source, chosen: Pick, hub: Hub, *, download: bool) -> _Found |
         return _Found(found.weights, found.files, found.commit, found.note) if found is not None else None
     if revision is not None:
         raise ZooError(f"it has no revisions, and {revision} was asked for", kind=source.kind)
-    path = _local(source, chosen) if source.kind == "file" else _packaged(source.location)
-    return _gather(path, source, chosen)
+    if source.kind != "file":
+        return _gather(_packaged(source.location), source, chosen)
+    path, key = _local(source, chosen)
+    return replace(_gather(path, source, chosen), key=key)
 
 
-def _local(source: Source, chosen: Pick) -> Path:
-    path = Path(source.location).expanduser()
+def _local(source: Source, chosen: Pick) -> tuple[Path, str | None]:
+    """The file, and the key of an entry of it: "file:a:b" is the entry b of a, unless there is a file of that name."""
+    path, key = Path(source.location).expanduser(), None
+    head, colon, last = source.location.rpartition(":")
+    if colon and not path.exists() and Path(head).expanduser().is_file():
+        path, key = Path(head).expanduser(), last
     # "file:a#b" is the part b of a, unless there is a file of just that name.
     whole = Path(f"{source.location}#{chosen.reference.part}").expanduser()
     if not path.exists() and chosen.reference.part and whole.exists():
         raise ZooError(f"{whole} has a # in its name, which would be a part", kind="reference", hint="rename it")
     if not path.exists():
         raise ZooError(f"there is no file {path}", kind="file", hint=_nearby(path))
-    return path
+    return path, key
 
 
 def _nearby(path: Path) -> str:

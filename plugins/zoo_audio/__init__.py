@@ -26,7 +26,8 @@ def zoo_entries() -> Iterable[zoo.Entry]:
 
 @zoo.hookimpl
 def zoo_recognise(config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> list[zoo.Recognition]:
-    """By config.json's model_type where there is one, by the tensors' names, and by what only one family has."""
+    """By config.json's model_type where there is one, by the tensors' names, by what only one family has, and by what
+    openai-whisper and fairseq write beside the tensors."""
     found = []
     model_type = config.get("model_type")
     for family in _FAMILIES:
@@ -36,11 +37,11 @@ def zoo_recognise(config: Mapping[str, object], tensors: Mapping[str, TensorInfo
             layout = entry.layout_of(tensors)
             if layout is None:
                 continue
-            told = family.names_say(entry.name, tensors)
-            if told is False and model_type is None:
+            told, said = family.names_say(entry.name, tensors), family.file_says(entry.name, config)
+            if (told is False or said is False) and model_type is None:
                 continue
             evidence = [f'config.json says that its model_type is "{model_type}"'] if model_type else []
             evidence.append(f"the tensors are named as in {entry.name}, layout {layout}")
-            evidence += [told] if told else []
+            evidence += [each for each in (told, said) if each]
             found.append(zoo.Recognition(entry.name, tuple(evidence), len(evidence)))
     return found

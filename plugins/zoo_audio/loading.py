@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import zoo
-from zoo_audio import speech_probes, whisper_probes
+from zoo_audio import fairseq, speech_probes, whisper_probes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +62,7 @@ def whisper(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> 
 
 def speech(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
     """From a recording to text where there is a head for CTC and a vocabulary, else to hidden states."""
-    probe = speech_probes.whole(checkpoint, config)
+    probe = speech_probes.whole(checkpoint, fairseq.configured(checkpoint, config))
     given = _beside(folder, "preprocessor_config.json")
     made = transformers.Wav2Vec2FeatureExtractor
     extractor = made.from_dict(given) if given else made()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import Entry, Part, PartProbe, Source
+from zoo_audio import fairseq
 
 if TYPE_CHECKING:
     from surgery import Checkpoint, TensorInfo
@@ -117,6 +118,14 @@ ENTRIES = (
 )
 
 
+def file_says(entry: str, beside: Mapping[str, Any]) -> str | Literal[False]:
+    """What fairseq wrote beside the weights."""
+    found = fairseq.architecture(beside)
+    if found is None:
+        return ""
+    return f"what lies beside the tensors has {found[1]}, as fairseq writes it" if found[0] == entry else False
+
+
 def names_say(entry: str, tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
     """What only one of the three has. A body that has none of it may be wav2vec 2.0's or HuBERT's."""
     gated = any(".gru_rel_pos_const" in name or ".grep_linear." in name for name in tensors)
@@ -139,25 +148,25 @@ def frontend_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartPro
     """From a waveform [B, samples] to [B, frames, width]."""
     from zoo_audio import speech_probes
 
-    return speech_probes.frontend(checkpoint, config)
+    return speech_probes.frontend(checkpoint, fairseq.configured(checkpoint, config))
 
 
 def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From a waveform [B, samples] to the last hidden state [B, frames, width]."""
     from zoo_audio import speech_probes
 
-    return speech_probes.encoder(checkpoint, config)
+    return speech_probes.encoder(checkpoint, fairseq.configured(checkpoint, config))
 
 
 def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From hidden states to the logits of CTC."""
     from zoo_audio import speech_probes
 
-    return speech_probes.head(checkpoint, config)
+    return speech_probes.head(checkpoint, fairseq.configured(checkpoint, config))
 
 
 def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From a waveform to the logits of CTC where there is such a head, else to the last hidden state."""
     from zoo_audio import speech_probes
 
-    return speech_probes.whole(checkpoint, config)
+    return speech_probes.whole(checkpoint, fairseq.configured(checkpoint, config))

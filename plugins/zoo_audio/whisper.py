@@ -80,6 +80,14 @@ ENTRIES = (
 )
 
 
+def file_says(entry: str, beside: Mapping[str, Any]) -> str | Literal[False]:
+    """What openai-whisper wrote beside the weights."""
+    dims = beside.get("dims")
+    if not isinstance(dims, Mapping) or not {"n_mels", "n_audio_state", "n_text_layer"} <= dims.keys():
+        return ""
+    return f"its dims are those of openai-whisper: {dims['n_audio_layer']} and {dims['n_text_layer']} layers"
+
+
 def names_say(entry: str, tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
     """Its names alone give it away; the convolution says how many bands of a spectrogram it takes."""
     for name, info in tensors.items():

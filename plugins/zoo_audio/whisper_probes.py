@@ -67,10 +67,14 @@ class Names:
 
 
 def configured(checkpoint: Checkpoint, config: Mapping[str, Any]) -> WhisperConfig:
-    """The configuration; where there is none, what the shapes say. Heads are 64 wide in every size published."""
+    """The configuration; where there is none, what the shapes say. How many heads there are is in no shape: the `dims`
+    of OpenAI's files have it, and heads are 64 wide in every size published."""
     made = transformers.WhisperConfig.from_dict(dict(config) if config else _by_shapes(checkpoint))
     made._attn_implementation = "eager"
     return made
+
+
+_HEADS = {"n_audio_head": "encoder_attention_heads", "n_text_head": "decoder_attention_heads"}
 
 
 def _by_shapes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -94,6 +98,9 @@ def _by_shapes(checkpoint: Checkpoint) -> dict[str, Any]:
         found |= {"vocab_size": table[0], "d_model": table[1]}
         # By default the padding token is row 50256, and a small table has no such row.
         found |= {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if table[0] <= 50256}
+    dims = zoo.described(checkpoint).get("dims", {})
+    if heads := {ours: dims[theirs] for theirs, ours in _HEADS.items() if isinstance(dims.get(theirs), int)}:
+        return found | heads
     width = found.get("d_model", 0)
     if width % 64 or not width:
         raise zoo.ZooError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _OUTPUTS = ("image_embeds_unnormalised", "text_embeds_unnormalised", "logits_per_image")
 _VARIANTS = ("plain", "shortest", "longest")
 _HEAD = 64  # the width of every head of OpenAI's, in both towers
+_STRIDE = 32  # pixels of an image that become one place of a residual network's last map
 # What a configuration says beyond the classes' own arguments: which class, and what was only used in training.
 _ELSEWHERE = ("custom_text", "cast_dtype", "multimodal_cfg")
 
@@ -60,9 +61,20 @@ def _from_shapes(checkpoint: Checkpoint) -> dict[str, Any]:
             "patch_size": patch,
             "image_size": patch * grid,
         }
+    elif "visual.attnpool.positional_embedding" in checkpoint:
+        found["embed_dim"] = checkpoint["visual.attnpool.c_proj.weight"].shape[0]
+        width = checkpoint["visual.layer1.0.conv1.weight"].shape[0]
+        grid = round((checkpoint["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+        found["vision_cfg"] = {
+            "layers": [_count(checkpoint, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+            "width": width,
+            "head_width": _HEAD,
+            "image_size": _STRIDE * grid,
+        }
     elif any(name.startswith("visual.") for name in checkpoint):
         raise zoo.ZooError(
-            f"{checkpoint.source} has a vision tower that is no ViT, and no open_clip_config.json that describes it",
+            f"{checkpoint.source} has a vision tower that is neither a ViT nor OpenAI's residual network, and no "
+            "open_clip_config.json that describes it",
             kind="weights",
             hint="put the model's open_clip_config.json beside the weights",
         )
