@@ -95,7 +95,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def noted(self, note: str) -> Checkpoint:
         """The same checkpoint with a further note."""
-        noted = self.view(self)
+        noted = self.view(list(self))
         noted._reader.notes = (*self.notes, note)
         return noted
 

@@ -36,14 +36,15 @@ def _as(entry: Entry, config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     if entry.name == "clip" and all(name in tensors for name in OPENAI_SIZES):
         evidence.append(f"it holds {', '.join(OPENAI_SIZES)}, as OpenAI's own archives do")
     elif openai_precision(tensors):
-        evidence.append("its matrices are in half precision and its LayerNorms are not, as in OpenAI's own files")
+        evidence.append("its matrices are in half precision and its norms are not, as in OpenAI's own files")
     return Recognition(entry.name, tuple(evidence), len(evidence))
 
 
 def openai_precision(tensors: Mapping[str, TensorInfo]) -> bool:
-    """OpenAI's files mix precisions in a way of their own: half for matrices, single for LayerNorm, in each tower."""
+    """OpenAI's files mix precisions in a way of their own: half for matrices, single for norms, in each tower."""
 
     def precisions(end: str) -> set[str]:
         return {str(info.dtype) for name, info in tensors.items() if name.endswith(end)}
 
-    return precisions(".attn.in_proj_weight") == {"F16"} and precisions(".ln_1.weight") == {"F32"}
+    pairs = ((".attn.in_proj_weight", ".ln_1.weight"), ("visual.attnpool.q_proj.weight", ".bn1.weight"))
+    return any(precisions(matrix) == {"F16"} and precisions(norm) == {"F32"} for matrix, norm in pairs)
