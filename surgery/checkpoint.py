@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import CheckpointError
-from surgery.reader import Reader, Span, TensorInfo
+from surgery.reader import Reader, Renamed, Span, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         renamed = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         for name in renamed.values():
             self._check(name)
-        return Checkpoint(_View(self._reader, renamed))
+        return Checkpoint(Renamed(self._reader, renamed))
 
     def noted(self, note: str) -> Checkpoint:
         """The same checkpoint with a further note."""
@@ -169,20 +169,6 @@ def raw_bytes(tensor: Tensor, what: str) -> memoryview:
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     # Of one element or none, any stride counts as contiguous, and only a stride of 1 can be viewed as bytes.
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-class _View(Reader):
-    def __init__(self, reader: Reader, names: dict[str, str]) -> None:
-        self._reader, self._names = reader, names
-        self.source, self.files = reader.source, reader.files
-        self.metadata, self.notes = reader.metadata, reader.notes
-        self.infos = {new: reader.infos[name] for new, name in names.items()}
-
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        return self._reader.read(self._names[name], slices)
-
-    def span(self, name: str) -> Span | None:
-        return self._reader.span(self._names[name])
 
 
 def _first(names: Iterable[str]) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import dtypes
 from surgery.errors import CheckpointError
-from surgery.reader import Reader, TensorInfo, check_slices
+from surgery.reader import Reader, Renamed, TensorInfo, check_slices
 from surgery.restricted import Placeholder, plain
 from surgery.stored import StoredTensor
 
@@ -56,6 +56,7 @@ class MemoryReader(Reader):
         self.files = files
         found = state_dict_in(content, source, holder, key)
         self._tensors, self.notes, self.metadata = found.tensors, found.notes, found.metadata
+        self.prefix = found.prefix
         self.infos = {name: info_of(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
@@ -82,12 +83,13 @@ def info_of(tensor: Tensor) -> TensorInfo:
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of a state dict by name; notes on how they were found and what was passed by; and what lay beside
-    them, as JSON by its key."""
+    """The tensors of a state dict by name; notes on how they were found and what was passed by; what lay beside them,
+    as JSON by its key; and what stood before every name."""
 
     tensors: dict[str, Any]
     notes: tuple[str, ...]
     metadata: dict[str, str]
+    prefix: str
 
 
 def state_dict_in(content: object, source: str, holder: str, chosen: str | None = None) -> Found:
@@ -122,8 +124,9 @@ def state_dict_in(content: object, source: str, holder: str, chosen: str | None 
     if left:
         notes.append(f"Not tensors, and left out: {_listed(left)}.")
         beside |= _kept(left)
-    tensors, stripped = _unprefixed(tensors)
-    return Found(tensors, (*notes, *stripped), beside)
+    prefix, said = wrapped_by(tensors)
+    named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return Found(named, (*notes, *said), beside, prefix)
 
 
 def _only_beside(tensors: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
@@ -194,21 +197,33 @@ def _kept(items: Mapping[Any, Any]) -> dict[str, str]:
     return found
 
 
-def _unprefixed(tensors: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The names without what wraps the whole model, where every one of them has it."""
-    notes = []
-    for _ in range(_LEVELS):
-        names = [name for name in tensors if name != _COUNTER]
-        first = names[0] if names else ""
-        prefix = next((prefix for prefix in _PREFIXES if first.startswith(prefix) and first != prefix), None)
-        if prefix is None or not all(name.startswith(prefix) and name != prefix for name in names):
+_BEGAN = "Every name began with"
+
+
+def wrapped_by(names: Iterable[str]) -> tuple[str, list[str]]:
+    """What wrappers around the whole model put before every name, and a note on each of them."""
+    every = list(names)
+    rest = [name for name in every if name != _COUNTER]
+    prefix, notes = "", []
+    while rest and len(prefix) < len(rest[0]):
+        found = next((word for word in _PREFIXES if rest[0].startswith(word, len(prefix))), None)
+        if found is None or not all(name.startswith(prefix + found) and name != prefix + found for name in rest):
             break
-        why = _PREFIXES[prefix]
-        if _COUNTER in tensors:
+        why = _PREFIXES[found]
+        if len(rest) < len(every):
             why = f"torch's AveragedModel, whose counter {_COUNTER} is left out"
-        notes.append(f"Every name began with {prefix!r}, which is left out: it is of {why}, and of no model.")
-        tensors = {name.removeprefix(prefix): tensors[name] for name in names}
-    return tensors, notes
+        notes.append(f"{_BEGAN} {found!r}, which is left out: it is of {why}, and of no model.")
+        prefix += found
+    return prefix, notes
+
+
+def as_in_file(reader: Reader) -> Reader:
+    """The reader with the names that stand in its file."""
+    if not reader.prefix:
+        return reader
+    whole = Renamed(reader, {reader.prefix + name: name for name in reader.infos})
+    whole.notes = tuple(note for note in reader.notes if not note.startswith(_BEGAN))
+    return whole
 
 
 def _is_tensor(value: object) -> bool:

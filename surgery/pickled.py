@@ -54,6 +54,7 @@ def open(path: Path, *, zipped: bool, key: str | None = None) -> Reader:
     found = state_dict_in(weights, str(path), f'surgery.open("{path}", key=KEY)', key)
     reader = StoredReader(path, found.tensors, storages)
     reader.notes, reader.metadata = (*stood_in(content.kinds), *found.notes), found.metadata
+    reader.prefix = found.prefix
     return reader
 
 

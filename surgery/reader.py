@@ -181,6 +181,8 @@ class Reader(ABC):
     metadata: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
     """What was unwrapped, left out or taken to mean something: one sentence each."""
+    prefix: str = ""
+    """What every name had before it in the file, and has not here; the last of the notes are about it."""
 
     @abstractmethod
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
@@ -189,6 +191,22 @@ class Reader(ABC):
     def span(self, name: str) -> Span | None:
         """Where the tensor's bytes lie, if they lie in one piece, row-major and little endian, in a local file."""
         return None
+
+
+class Renamed(Reader):
+    """Tensors of another reader, under the names that are the keys of `names`."""
+
+    def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
+        self._reader, self._names = reader, names
+        self.source, self.files = reader.source, reader.files
+        self.metadata, self.notes = reader.metadata, reader.notes
+        self.infos = {new: reader.infos[name] for new, name in names.items()}
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        return self._reader.read(self._names[name], slices)
+
+    def span(self, name: str) -> Span | None:
+        return self._reader.span(self._names[name])
 
 
 def check_slices(slices: tuple[slice, ...] | None, shape: Sequence[int]) -> tuple[slice, ...]:

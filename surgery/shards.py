@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from surgery.errors import CheckpointError
+from surgery.memory import as_in_file, wrapped_by
 from surgery.reader import Reader, Span, unreadable
 from surgery.safetensors_format import DuplicateKey, unique_keys
 
@@ -34,15 +35,18 @@ class ShardedReader(Reader):
                 f"{path}: {len(missing)} of {len(shards)} files of the checkpoint are missing: {_listed(missing)}",
                 hint=f"Download them into {path.parent}.",
             )
-        readers = {file: open_shard(where) for file, where in shards.items()}
+        # Whether a prefix is of the model or of a wrapper only all shards together tell.
+        readers = {file: as_in_file(open_shard(where)) for file, where in shards.items()}
         absent = [f"{name} ({file})" for name, file in weight_map.items() if name not in readers[file].infos]
         if absent:
             raise CheckpointError(
                 f"{path}: {len(absent)} tensors are not in the file that the index names: {_listed(absent)}",
                 hint="Index and files are of different versions. Download them again, together.",
             )
-        self._readers = {name: readers[file] for name, file in weight_map.items()}
-        self.infos = {name: reader.infos[name] for name, reader in self._readers.items()}
+        pickled = any(not file.endswith(".safetensors") for file in shards)
+        self.prefix, said = wrapped_by(weight_map) if pickled else ("", [])
+        self._readers = {name.removeprefix(self.prefix): readers[file] for name, file in weight_map.items()}
+        self.infos = {name: reader.infos[self.prefix + name] for name, reader in self._readers.items()}
         self.files = (path, *shards.values())
         self.metadata = {key: value for reader in readers.values() for key, value in reader.metadata.items()}
         extra = [f"{name} ({file})" for file, reader in readers.items() for name in reader.infos
@@ -50,13 +54,13 @@ class ShardedReader(Reader):
         notes = [f"{file}: {note}" for file, reader in readers.items() for note in reader.notes]
         if extra:
             notes.append(f"In a file but not in the index, and left out: {_listed(extra)}.")
-        self.notes = tuple(notes)
+        self.notes = (*notes, *said)
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        return self._readers[name].read(name, slices)
+        return self._readers[name].read(self.prefix + name, slices)
 
     def span(self, name: str) -> Span | None:
-        return self._readers[name].span(name)
+        return self._readers[name].span(self.prefix + name)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

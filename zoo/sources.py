@@ -80,7 +80,7 @@ def described(tensors: object) -> dict[str, Any]:
     for name, text in metadata.items():
         try:
             value = json.loads(text)
-        except ValueError:  # text of another kind, as safetensors' "format": "pt"
+        except (ValueError, RecursionError):  # text of another kind, as safetensors' "format": "pt"
             continue
         if isinstance(value, dict):
             found[name] = value
@@ -88,7 +88,7 @@ def described(tensors: object) -> dict[str, Any]:
 
 
 # What people call the model inside of a training module, which then stands before every name.
-_INSIDE = ("model", "net", "network", "backbone", "module")
+_INSIDE = ("model", "net", "network", "backbone", "module", "_orig_mod")
 
 
 def unprefixed(

@@ -465,6 +465,17 @@ def test_a_name_of_ones_own_is_not_taken_for_a_wrapper(tmp_path: Path) -> None:
     assert next(iter(surgery.open(tmp_path / "b.pt"))).startswith("model.")
 
 
+def test_names_of_a_compiled_module_in_safetensors(tmp_path: Path) -> None:
+    """surgery gives the names of such a file as they are; zoo leaves out what no plugin recognises."""
+    from safetensors.torch import save_file
+
+    save_file({f"_orig_mod.{name}": value for name, value in vit().state_dict().items()}, tmp_path / "a.safetensors")
+    assert all(name.startswith("_orig_mod.") for name in surgery.open(tmp_path / "a.safetensors"))
+    opened = zoo.open(f"file:{tmp_path / 'a.safetensors'}")
+    assert list(opened.view(sorted(opened))) == sorted(vit().state_dict())
+    assert "began with '_orig_mod.'" in opened.notes[-1]
+
+
 def test_importing_what_reads_arguments_imports_no_torch() -> None:
     import subprocess
 

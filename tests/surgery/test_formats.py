@@ -432,6 +432,20 @@ def test_shards_of_torch_files_and_in_subfolders(tmp_path: Path) -> None:
         assert "In a file but not in the index, and left out: extra (part/two.bin)." in opened.notes
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_prefix_is_told_from_all_shards(wrapped: bool, tmp_path: Path) -> None:
+    """In one of them every name may begin with what is a name of the model's own."""
+    second = "module.b" if wrapped else "head.b"
+    torch.save({"module.a": torch.ones(2)}, tmp_path / "1.bin")
+    torch.save({second: torch.zeros(2)}, tmp_path / "2.bin")
+    weight_map = {"module.a": "1.bin", second: "2.bin"}
+    (tmp_path / "m.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    opened = checkpoint.open(tmp_path / "m.bin.index.json")
+    assert list(opened) == (["a", "b"] if wrapped else ["module.a", "head.b"])
+    assert [opened.read(name)[0].item() for name in opened] == [1, 0]
+    assert len(opened.notes) == wrapped
+
+
 def test_shards_that_are_links_out_of_the_folder_as_in_the_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()

@@ -154,6 +154,14 @@ def test_an_average_is_said_and_can_be_had(tmp_path: Path) -> None:
     assert surgery.open({"model_ema": average, "epoch": 1}).read("x").tolist() == [0, 0]
 
 
+def test_lightnings_average_stands_in_the_place_of_the_weights() -> None:
+    """As its callback WeightAveraging saves it."""
+    weights, now = {"x": torch.ones(2)}, {"x": torch.zeros(2)}
+    opened = surgery.open({"state_dict": weights, "current_model_state": now, "averaging_state": {"n": torch.ones(1)}})
+    assert opened.read("x").tolist() == [1, 1]
+    assert any("last ones are under 'current_model_state'" in note for note in opened.notes)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -290,8 +298,17 @@ def entry(value: bytes) -> bytes:
 
 
 DEEP = 200_000
+PARTS = b"(X\x0b\x00\x00\x00_parameters}X\x08\x00\x00\x00_buffers}X\x08\x00\x00\x00_modules"
 STREAMS: dict[str, bytes] = {
     "good": entry(tensor()),
+    "a module within itself": entry(b"cm\nM\n)\x81q\x01}" + PARTS + b"}X\x01\x00\x00\x00ah\x01sub"),
+    "a module without parameters": entry(b"cm\nM\n)\x81q\x01}" + PARTS + b"K\x01ub"),
+    "modules each twice in the next": entry(
+        b"cm\nM\n)\x81}"
+        + PARTS
+        + b"}ubq\x01"
+        + (b"0cm\nM\n)\x81}" + PARTS + b"}(X\x01\x00\x00\x00ah\x01X\x01\x00\x00\x00bh\x01uubq\x01") * 60
+    ),
     "list without an end": entry(b"(" * DEEP + b"l" * DEEP),
     "tuples without an end": entry(b")" + b"\x85" * DEEP),
     "each twice in the next": entry(b")" + b"q\x01h\x01\x86" * 5000),
