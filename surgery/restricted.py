@@ -247,7 +247,7 @@ class _Machine:
         if isinstance(function, Placeholder):  # it would call what another call gave
             return Placeholder(function.kind, (function, arguments))
         if not isinstance(function, Name):
-            raise ValueError(f"a call of a {type(function).__name__}")
+            raise ValueError(f"a call of something of type {type(function).__name__}")
         known = _KNOWN.get(function.path)
         if known is not None:
             made = known(arguments)

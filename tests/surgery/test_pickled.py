@@ -15,6 +15,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import surgery
@@ -100,6 +103,33 @@ def test_as_torch_loads_it(options: Any, tmp_path: Path) -> None:
     (stood_in,) = [note for note in opened.notes if note.startswith("Placeholders")]
     for kind in ("argparse.Namespace", "PurePosixPath", "test_pickled.Size", "test_pickled.Own"):
         assert kind in stood_in
+
+
+@st.composite
+def views(draw: st.DrawFn) -> torch.Tensor:
+    """Any view of a storage that lies within it: permuted, cut, stepped, expanded, empty."""
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    stride = draw(st.lists(st.integers(0, 5), min_size=len(shape), max_size=len(shape)))
+    offset = draw(st.integers(0, 5))
+    extent = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True) if size)
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]))
+    return torch.arange(extent + draw(st.integers(0, 3))).to(dtype).as_strided(shape, stride, offset)
+
+
+@given(tensors=st.lists(views(), min_size=1, max_size=4), old=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_view_of_a_storage(tensors: list[torch.Tensor], old: bool) -> None:
+    content = {str(i): tensor for i, tensor in enumerate(tensors)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.pt"
+        torch.save({"args": argparse.Namespace(), "model": content}, path, **(OLD if old else {}))
+        opened = surgery.open(path)
+        for name, tensor in content.items():
+            assert torch.equal(opened.read(name), tensor)
+            assert opened[name].shape == tuple(tensor.shape)
+            span = opened.span(name)
+            if span is not None:
+                assert opened.content_hash(name) == surgery.open({"x": tensor.contiguous()}).content_hash("x")
 
 
 def test_what_lies_beside_is_kept_as_data(tmp_path: Path) -> None:
