@@ -28,7 +28,7 @@ _DEPTH = 200
 # What runs commands, code, or the loader of either.
 _SYSTEM = (
     "os.", "posix.", "nt.", "subprocess.", "pty.", "popen2.", "commands.", "socket.", "shutil.", "ctypes.", "sys.",
-    "io.", "_io.", "webbrowser.", "runpy.", "importlib.", "pydoc.", "code.interact", "code.Interactive", "timeit.",
+    "io.open", "_io.open", "io.FileIO", "_io.FileIO", "webbrowser.", "runpy.", "importlib.", "pydoc.", "code.interact", "code.Interactive", "timeit.",
     "cProfile.run", "profile.run", "pdb.", "bdb.", "asyncio.", "pip.", "imp.load", "pickle.", "_pickle.", "cPickle.",
     "marshal.", "types.FunctionType", "types.CodeType", "torch.load", "torch.serialization.", "torch.hub.",
     "torch.utils.cpp_extension.", "numpy.testing.",
