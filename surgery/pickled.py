@@ -28,10 +28,10 @@ _DEPTH = 200
 # What runs commands, code, or the loader of either.
 _SYSTEM = (
     "os.", "posix.", "nt.", "subprocess.", "pty.", "popen2.", "commands.", "socket.", "shutil.", "ctypes.", "sys.",
-    "io.open", "_io.open", "io.FileIO", "_io.FileIO", "webbrowser.", "runpy.", "importlib.", "pydoc.", "code.interact", "code.Interactive", "timeit.",
-    "cProfile.run", "profile.run", "pdb.", "bdb.", "asyncio.", "pip.", "imp.load", "pickle.", "_pickle.", "cPickle.",
-    "marshal.", "types.FunctionType", "types.CodeType", "torch.load", "torch.serialization.", "torch.hub.",
-    "torch.utils.cpp_extension.", "numpy.testing.",
+    "io.open", "_io.open", "io.FileIO", "_io.FileIO", "webbrowser.", "runpy.", "importlib.", "pydoc.", "timeit.",
+    "code.interact", "code.Interactive", "cProfile.run", "profile.run", "pdb.", "bdb.", "asyncio.", "pip.", "imp.load",
+    "pickle.", "_pickle.", "cPickle.", "marshal.", "types.FunctionType", "types.CodeType", "torch.load",
+    "torch.serialization.", "torch.hub.", "torch.utils.cpp_extension.", "numpy.testing.",
 )  # fmt: skip
 _RUNNING = ("eval", "exec", "execfile", "compile", "open", "file", "input", "__import__", "breakpoint", "globals")
 _BUILTINS = frozenset(f"builtins.{name}" for name in _RUNNING)
