@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from zoo.sizes import Sizes as Sizes
     from zoo.sizes import Table as Table
     from zoo.sizes import joined as joined
+    from zoo.sizes import labelled as labelled
     from zoo.sizes import tables as tables
     from zoo.sources import described as described
 
@@ -63,6 +64,7 @@ _HOMES = {
     "graft": "zoo.grafting",
     "hookimpl": "zoo.hooks",
     "joined": "zoo.sizes",
+    "labelled": "zoo.sizes",
     "load": "zoo.loaded",
     "open": "zoo.api",
     "pull": "zoo.api",
@@ -94,6 +96,7 @@ __all__ = [  # noqa: RUF022  kept equal to _HOMES by a test; type checkers want 
     "graft",
     "hookimpl",
     "joined",
+    "labelled",
     "load",
     "open",
     "pull",

@@ -8,6 +8,7 @@ the target is proven to compute the same.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, permutations, product
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+LABELS = "labels"
 Value = int | tuple[int, ...]
 Alike = Callable[[int], "tuple[dict[str, Tensor], dict[str, Tensor]]"]
 
@@ -217,39 +219,43 @@ def tables(
 
 
 def labelled(
-    known: Sequence[str],
+    namings: Sequence[Sequence[str]],
     heads: Sequence[str],
     configured: Callable[[tuple[str, ...]], Mapping[tuple[str, ...], Any]],
 ) -> Sizes | None:
     """The rows of a head by the names of its classes: chosen, reordered, and a row of zeros for a class that is new.
 
-    known: the source's names, in order. heads: its weights and biases, a row for each. configured: the target's names
-    -> what changes in the configuration. None where the source does not know its classes.
+    namings: the source's classes in order, in each way in which they are called; a name that two classes share means
+        neither. heads: its weights and biases, a row for each class. configured: the target's names -> what changes in
+        the configuration. None where the source does not know its classes.
     """
-    if not known or not heads or len(set(known)) != len(known):
+    namings = [_distinct(names) for names in namings if names]
+    if not namings or not heads:
         return None
+    own = tuple(range(len(namings[0])))
+    theirs: list[tuple[str, ...]] = [tuple(namings[0])]
 
     def wanted(body: Body) -> Iterator[Mapping[str, Value]]:
         from surgery.vocabulary import label_map
 
-        if body.labels and set(body.labels) & set(known):
-            theirs.update({LABELS: body.labels})
-            yield {LABELS: label_map(known, body.labels).index}
-
-    theirs: dict[str, tuple[str, ...]] = {LABELS: tuple(known)}
-    own = tuple(range(len(known)))
+        best = max(namings, key=lambda names: len(set(names) & set(body.labels)))
+        if set(best) & set(body.labels):
+            theirs[:] = [body.labels]
+            yield {LABELS: label_map(best, body.labels).index}
 
     def resized(sizes: Mapping[str, Value]) -> Resized:
         index = sizes.get(LABELS, own)
         if index == own:
             return Resized({}, {}, lambda seed: ({}, {}))
         rows = {name: f"label_remap({name}, index={index})" for name in heads}
-        return Resized(rows, configured(theirs[LABELS]), lambda seed: ({}, {}))
+        return Resized(rows, configured(theirs[0]), lambda seed: ({}, {}))
 
     return Sizes({LABELS: own}, wanted, resized)
 
 
-LABELS = "labels"
+def _distinct(names: Sequence[str]) -> list[str]:
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name}, class {number}" for number, name in enumerate(names)]
 
 
 def joined(*parts: Sizes | None) -> Sizes | None:

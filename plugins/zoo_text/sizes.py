@@ -1,4 +1,4 @@
-"""The sizes of a text model that a target may have otherwise: its vocabulary and its learned positions.
+"""The sizes of a text model that a target may have otherwise: its vocabulary, its learned positions, its classes.
 
 A larger vocabulary keeps the old rows, by number, and draws the new ones by the published rule. Longer positions keep
 the old rows and repeat them, so that short inputs compute the same; fewer are cut. A smaller vocabulary is never
@@ -7,10 +7,11 @@ guessed: its tokens are others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo import Sizes, Table, tables
+from zoo import Sizes, Table, joined, labelled, tables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from surgery import Checkpoint
 
 _WORDS = ("word", "token", "tok", "vocab", "wte", "shared")
+_CLASSIFIERS = ("classifier.weight", "classifier.bias", "classifier.out_proj.weight", "classifier.out_proj.bias")
 _PLACES = ("pos", "place", "wpe", "where")
 _HEADS = ("lm_head.weight", "predictions.decoder.weight", "vocab_projector.weight")
 _HEAD_BIASES = (
@@ -31,13 +33,15 @@ _CUT = "slice({name}, axis=0, start=0, stop={to})"
 
 def bert(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """BERT, MiniLM, DistilBERT."""
-    return _sizes(checkpoint, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings")
+    found = _sizes(checkpoint, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings")
+    return joined(found, _classes(checkpoint, config))
 
 
 def roberta(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     """Positions begin behind the padding token's: two rows of the table come before the first."""
     spare = int(config.get("pad_token_id", 1)) + 1
-    return _sizes(checkpoint, "word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings", spare)
+    ends = ("word_embeddings.weight", "position_embeddings.weight", "max_position_embeddings")
+    return joined(_sizes(checkpoint, *ends, spare), _classes(checkpoint, config))
 
 
 def gpt2(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
@@ -68,6 +72,20 @@ def _sizes(
     types = [name for name in checkpoint if name.endswith("token_type_embeddings.weight")]
     found += [Table("token types", checkpoint[name].shape[0], ("type", "segment", "kind")) for name in types[:1]]
     return tables(width, found, _alike)
+
+
+def _classes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
+    """Rows of a classifier by the names of its classes; names that only count say nothing."""
+    given = config.get("id2label") or {}
+    names = [str(given[key]) for key in sorted(given, key=int)]
+    heads = tuple(
+        name
+        for name in checkpoint
+        if name.endswith(_CLASSIFIERS) and len(names) == checkpoint[name].shape[0] and "pre_classifier" not in name
+    )
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return None
+    return labelled([names], heads, lambda theirs: {("id2label",): dict(enumerate(theirs)), ("label2id",): None})
 
 
 def _alike(before: Mapping[str, int], after: Mapping[str, int]) -> Any:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo import Pictures, Sizes
+from zoo import Pictures, Sizes, joined, labelled
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
 Pair = tuple[int, int]
+_HEADS = tuple(
+    f"{name}.{end}" for name in ("head", "head.fc", "fc", "classifier", "head_dist") for end in ("weight", "bias")
+)
 _BIAS = "relative_position_bias_table"
 
 
@@ -24,7 +27,33 @@ def sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
         found = _transformers(checkpoint, config)
     elif "encoder.pos_embedding" in checkpoint and "conv_proj.weight" in checkpoint:
         found = _torchvision(checkpoint)
-    return found.sizes() if found is not None else None
+    return joined(found.sizes() if found is not None else None, _classes(checkpoint, config))
+
+
+def _classes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
+    """Rows of a head by the names of its classes: those of the configuration; ImageNet's where there are as many."""
+    heads = tuple(name for name in checkpoint if name in _HEADS)
+    counts = {checkpoint[name].shape[0] for name in heads}
+    if len(counts) != 1:
+        return None
+    (count,) = counts
+    if isinstance(config.get("model_type"), str):
+        given = config.get("id2label") or {}
+        named = [str(given[key]) for key in sorted(given, key=int)]
+        namings = [named, [name.split(",")[0] for name in named]] if len(named) == count else []
+        return labelled(namings, heads, lambda theirs: {("id2label",): dict(enumerate(theirs)), ("label2id",): None})
+    if not isinstance(config.get("architecture"), str):
+        return None
+    from timm.data import ImageNetInfo
+
+    given = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or []
+    named = list(given) if isinstance(given, (list, tuple)) else [given[key] for key in sorted(given, key=int)]
+    namings = [named] if len(named) == count else []
+    if not namings and count == 1000:
+        known = ImageNetInfo("imagenet-1k")
+        described = [known.index_to_description(i) for i in range(count)]
+        namings = [described, [name.split(",")[0] for name in described], known.label_names()]
+    return labelled(namings, heads, lambda theirs: {("num_classes",): len(theirs)})
 
 
 def _timm(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Pictures | None:

@@ -187,3 +187,38 @@ def test_a_tokenizer_for_what_has_no_tokens(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(zoo.ZooError, match="no table of tokens"):
         zoo.graft(f"file:{tmp_path / 'model.safetensors'}", nn.Linear(2, 3), tokenizer=tmp_path / "vocab.txt")
+
+
+def test_rows_of_a_head_by_the_names_of_classes(tmp_path: Path) -> None:
+    import json
+
+    import transformers
+
+    torch.manual_seed(0)
+    names = ["anger", "joy", "fear", "love", "sadness"]
+    config = transformers.BertConfig(**tiny_bert.SIZES, id2label=dict(enumerate(names)), num_labels=5)
+    model = transformers.BertForTokenClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"]["2"] == "fear"
+    mine = target()
+    mine.tag = nn.Linear(16, 3)
+    mine.classes = ["love", "joy", "fear"]  # type: ignore[assignment]
+    report = zoo.graft(f"file:{tmp_path}", mine, example=example(), require="proven")
+    assert report.plan["tag.weight"].sources == ("classifier.weight",)
+    assert torch.equal(mine.get_parameter("tag.weight"), model.classifier.weight[[3, 1, 2]])
+    assert any("labels by name: 3 kept" in note for note in report.plan.notes)
+
+    other = target()
+    other.tag = nn.Linear(16, 3)
+    other.classes = ["love", "surprise", "fear"]  # type: ignore[assignment]
+    report = zoo.graft(f"file:{tmp_path}", other, example=example())
+    assert torch.equal(other.get_parameter("tag.bias")[[0, 2]], model.classifier.bias[[3, 2]])
+    assert any("labels by name: 2 kept, 1 new" in note for note in report.plan.notes)
+
+    unnamed = target()
+    unnamed.tag = nn.Linear(16, 3)
+    report = zoo.graft(f"file:{tmp_path}", unnamed, example=example())
+    assert report.plan["tag.weight"].status == "new"
