@@ -21,7 +21,7 @@ from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError
 from surgery.expr import kind, names
 from surgery.plan import STALE, Plan
-from surgery.rules import Derivation, Derive, Rule
+from surgery.rules import Derivation, Rule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ class Prepared:
     @property
     def said(self) -> tuple[str, ...]:
         """The rules as a plan keeps them: those that follow from the sizes of the target are found anew."""
-        return tuple(str(rule) for rule in self.rules if not (isinstance(rule, Derive) and rule.implied))
+        return tuple(str(rule) for rule in self.rules if not getattr(rule, "implied", False))
 
     def outward(self, plan: Plan, target: Iterable[str]) -> Plan:
         """A plan over what is mapped, as the person sees it."""

@@ -84,6 +84,15 @@ class SelectLayers(Rule):
 
 
 @dataclass(frozen=True)
+class Without(Rule):
+    """A tensor that the source is taken not to have: it follows from a size that is another now."""
+
+    name: str
+    why: str
+    implied: bool = True
+
+
+@dataclass(frozen=True)
 class Drop(Rule):
     """Source tensors that are not to be used."""
 
@@ -258,6 +267,9 @@ def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
         elif isinstance(rule, Resize):
             for name in _matching(rule, rule.pattern, rows, "the source"):
                 rows[name] = Call(rule.op, (rows[name],), rule.params)
+        elif isinstance(rule, Without):
+            rows.pop(rule.name)
+            why[rule.name] = rule.why
         elif isinstance(rule, SelectLayers):
             stack, count = _stack(rule, rows)
             rows, gone = _selected(rule, stack, count, rows)

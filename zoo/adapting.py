@@ -210,15 +210,16 @@ def _sizes(source: Source) -> Sizes | None:
 
 def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Sequence[Rule]) -> Change:
     from surgery.derived import derive
-    from surgery.rules import Derive, derivation
+    from surgery.rules import Derive, Without, derivation
 
     resized = sizes.resized({**sizes.values, **after})
     theirs = remade(source, own)
-    rules = tuple(
+    rules: tuple[Rule, ...] = tuple(
         Derive(name, text, implied=True)
         for name, text in resized.rows.items()
         if name in source.checkpoint and name not in theirs
     )
+    rules += tuple(Without(name, "it only counts, and a model of other sizes counts anew") for name in resized.without)
     rows = derivation(source.checkpoint, (*rules, *making(own))).rows
     config = resized.configured(source.config)
     moved = replace(source, checkpoint=derive(source.checkpoint, rows), config=config)

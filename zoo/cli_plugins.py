@@ -118,7 +118,11 @@ def _checks(host: Host, plugin: Plugin) -> Iterator[tuple[str, str]]:
     yield f"its {len(entries)} entries hold", _problems(plugin, lambda where: where == "zoo_entries")
     mine = [str(conflict) for conflict in host.conflicts() if str(plugin) in str(conflict)]
     yield "shares no name with another plugin", "; ".join(mine)
-    named = {text for entry in entries for text in (entry.load, entry.probe, *(part.probe for part in entry.parts))}
+    named = {
+        text
+        for entry in entries
+        for text in (entry.load, entry.probe, entry.sizes, *(part.probe for part in entry.parts))
+    }
     named |= set(host.ops_of(plugin))
     missing = [_missing(text) for text in sorted(text for text in named if text is not None)]
     yield "what it names can be imported", "; ".join(filter(None, missing))

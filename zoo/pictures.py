@@ -32,7 +32,7 @@ class Pictures:
         grid, with `prefix` rows before it. biases: the tables of relative positions. window: in patches.
     configured: (image, patch, channels, window) -> what changes in the configuration.
     square: only such images can be configured. patches: the kernel of the stem is a patch, and may be another.
-    any_channels: the model may be built for others.
+    any_channels: the model may be built for others. counts: tensors that only count the patches.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +48,7 @@ class Pictures:
     square: bool = False
     patches: bool = True
     any_channels: bool = True
+    counts: tuple[str, ...] = ()
 
     def sizes(self) -> Sizes:
         """What a target may have otherwise."""
@@ -190,7 +191,8 @@ def _resized(layout: Pictures, wanted: Mapping[str, Value]) -> Resized:
         if layout.checkpoint[name].shape[0] != side * side:
             rows[name] = f"resize_rel_pos_bias({name}, to=({side}, {side}))"
     config = layout.configured(image, patch, channels, window)
-    return Resized(rows, config, _alike(layout, image, channels))
+    without = layout.counts if grid != layout.grid else ()
+    return Resized(rows, config, _alike(layout, image, channels), without)
 
 
 def _base(layout: Pictures) -> str:

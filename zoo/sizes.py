@@ -28,6 +28,7 @@ class Resized:
 
     rows: {tensor of the checkpoint: the expression that makes it, as a plan spells it}, for those that change.
     config: {where in the configuration: the new value}, as in {("text_config", "vocab_size"): 50000}.
+    without: tensors that only count what has another number now (position ids, causal masks): the model makes them.
     alike: seed -> (inputs of the model as it was, inputs of the resized one) that show the same thing, such as one
         picture at two sizes; what the outputs then differ by is the drift. None where nothing can be compared.
     """
@@ -35,6 +36,7 @@ class Resized:
     rows: Mapping[str, str]
     config: Mapping[tuple[str, ...], Any]
     alike: Alike | None = None
+    without: tuple[str, ...] = ()
 
     def configured(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration with what is changed in it."""
@@ -177,6 +179,7 @@ class Table:
     spare: int = 0
     names: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
     more: str = ""
     fewer: str = ""
@@ -204,6 +207,7 @@ def tables(
     def resized(sizes: Mapping[str, Value]) -> Resized:
         rows: dict[str, str] = {}
         config: dict[tuple[str, ...], Any] = {}
+        without: list[str] = []
         before = {each.size: each.rows - each.spare for each in found}
         after = dict(before)
         for each in found:
@@ -211,9 +215,10 @@ def tables(
             after[each.size] = to if isinstance(to, int) else own
             if isinstance(to, int) and to != own:
                 rows |= dict(each.resized(to))
+                without += each.counts
                 if each.key:
                     config[each.key] = to + each.spare
-        return Resized(rows, config, alike(before, after))
+        return Resized(rows, config, alike(before, after), tuple(without))
 
     return Sizes(values, wanted, resized)
 
@@ -280,7 +285,8 @@ def joined(*parts: Sizes | None) -> Sizes | None:
             before = {name: x for old, _ in both for name, x in old.items()}
             return before, {name: x for _, new in both for name, x in new.items()}
 
-        return Resized(rows, config, alike if all(each is not None for each in shown) else None)
+        without = tuple(name for each in made for name in each.without)
+        return Resized(rows, config, alike if all(each is not None for each in shown) else None, without)
 
     return Sizes({name: value for part in held for name, value in part.values.items()}, wanted, resized)
 

@@ -31,7 +31,7 @@ def whisper(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
         names = tuple(name for name in checkpoint if name.endswith(end))
         if names:
             own = (key,) if config else ()
-            found.append(Table(size, checkpoint[names[0]].shape[0], words, 0, names, (), own, more, fewer))
+            found.append(Table(size, checkpoint[names[0]].shape[0], words, 0, names, (), (), own, more, fewer))
 
     places = ("pos", "place", "where")
     for frames, text, words in (

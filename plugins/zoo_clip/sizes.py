@@ -44,9 +44,10 @@ def _text(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
         at, length = ("model_cfg", "text_cfg"), "context_length"  # type: ignore[assignment]
     vocabulary, width = checkpoint[words].shape
     rows = checkpoint[places].shape[0]
+    counts = tuple(name for name in checkpoint if name.endswith("text_model.embeddings.position_ids"))
     found = [
-        Table("vocabulary", vocabulary, _WORDS, 0, (words,), (), (*at, "vocab_size"), _DRAWN),
-        Table("context", rows, _PLACES, 0, (places,), (), (*at, length), _TILED, _CUT),
+        Table("vocabulary", vocabulary, _WORDS, 0, (words,), (), (), (*at, "vocab_size"), _DRAWN),
+        Table("context", rows, _PLACES, 0, (places,), (), counts, (*at, length), _TILED, _CUT),
     ]
     # CLIP pools at the token of the greatest number, which is the last of the vocabulary: nothing shows the same.
     return tables(width, found, lambda *_: None)
@@ -96,4 +97,5 @@ def _vision(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Pictures | Non
         square=not config or ours,
         patches="trunk." not in stem,
         any_channels=ours,
+        counts=tuple(name for name in checkpoint if name.endswith("vision_model.embeddings.position_ids")),
     )
