@@ -25,8 +25,9 @@ from surgery import twin
 from surgery.errors import SurgeryError
 from surgery.mapper.record import NotRecordable, Tape, record
 from surgery.probe import Probe
-from surgery.unit_flow import Flow, Role, flow
+from surgery.unit_flow import flow
 from surgery.unit_spaces import Space, describe, factors, find, fix, leaves, pieces
+from surgery.unit_step import Flow, Role
 
 KERNEL = "it is a side of the kernel"
 
@@ -35,7 +36,7 @@ KERNEL = "it is a side of the kernel"
 class Member:
     """One axis of one tensor that carries the units of a group. `times`: in how many places of the axis; `layout`: all
     that the axis carries, such as "heads*head_dim + heads*head_dim"; `roles`: how the program uses the axis ("out",
-    "in", "add", "scale", "rows"; see surgery.unit_flow.Use)."""
+    "in", "add", "scale", "rows"; see surgery.unit_step.Use)."""
 
     tensor: str
     axis: int

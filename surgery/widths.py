@@ -39,7 +39,7 @@ from surgery.coupling import Coupling, Group, coupled
 from surgery.errors import SurgeryError
 from surgery.expr import Expr, Name, call
 from surgery.mapper.record import MOVES, _name
-from surgery.ops import Kind
+from surgery.ops import Kind, Value
 from surgery.ops.width import evenly, replicas
 from surgery.plan import Plan
 from surgery.proof import GATE
@@ -141,7 +141,7 @@ def prune_heads(model: nn.Module, example: Any, where: str | Group, *, heads: Se
             what = f"{wrong[0]} is none of them" if wrong else "one has to stay"
             raise SurgeryError(f"{group}: {what}", hint=f"Heads count from 0 to {group.size - 1}.")
         kept = np.array([head for head in range(group.size) if head not in set(heads)])
-        params = {"heads": group.size, "drop": tuple(sorted(set(heads)))}
+        params: dict[str, Value] = {"heads": group.size, "drop": tuple(sorted(set(heads)))}
         changes[find(group.space)] = Change(kept, "prune_heads", params)
     return _chosen(coupling, groups, changes)
 
