@@ -309,7 +309,7 @@ def _numbers(
     """The whole numbers that may be sizes which change, alike modules together. Those of known modules are set."""
     choices: dict[_Key, list[_Choice]] = {}
     for path, each in module.named_modules():
-        if _known(each, coupling.flow.grouped.get(path), chosen):
+        if set_known(each, coupling.flow.grouped.get(path), chosen):
             continue
         met = sizes.by_module.get(path, {})
         for name, value in list(vars(each).items()):
@@ -326,7 +326,7 @@ def _numbers(
     return choices
 
 
-def _known(module: nn.Module, groups: Space | None, chosen: Mapping[Space, Index]) -> bool:
+def set_known(module: nn.Module, groups: Space | None, chosen: Mapping[Space, Index]) -> bool:
     """Modules whose sizes are those of their weight, by their documentation."""
     weight = getattr(module, "weight", None)
     sizes = dict[str, Any]()
