@@ -424,8 +424,8 @@ class _Walk:
             return None if None in each else set[int]().union(*(s for s in each if s is not None))
         if name in ("mul", "mm", "bmm", "convolution"):
             order = sorted(node.inputs[:2], key=lambda v: not flow.weights_only(v))
-            each = [s for v in order if (s := self.silent(v)) is not None]
-            return min(each, key=self._buffers, default=None)
+            choices = [s for v in order if (s := self.silent(v)) is not None]
+            return min(choices, key=self._buffers) if choices else None
         if name == "div":
             return self.silent(node.args[0].vid)
         return None
