@@ -26,6 +26,7 @@ from surgery.coupling import Coupling, Group
 from surgery.dtypes import name_of
 from surgery.errors import SurgeryError
 from surgery.expr import Expr, Name, call, evaluate_unrounded, infer, names
+from surgery.mapper.record import MOVES, Tape, _name, record
 from surgery.ops import Kind, Value
 from surgery.plan import Dropped, Plan, Row, Stamp, Status
 from surgery.running import own_tensors
@@ -196,7 +197,7 @@ def drift(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float | None:
     return max((relative(a, b) for a, b in zip(expected, got, strict=True) if a.is_floating_point()), default=0.0)
 
 
-_Key = tuple[str, str, int | None, int, bool]  # module without numbers, attribute, place in it, value, is it certain?
+_Key = tuple[str, str, bool]  # module without numbers, attribute, is it certain that it is such a size?
 _Choice = tuple[str, str, int | None, int]  # module, attribute, place in it, new value
 
 # --- the edited module -----------------------------------------------------------------------------------------------
@@ -231,14 +232,20 @@ def edited(
     values: Mapping[str, Tensor],
     chosen: Mapping[Space, Index],
     accept: Callable[[list[Tensor]], bool],
+    *,
+    told: bool,
 ) -> tuple[nn.Module | None, str]:
-    """A copy of the model that holds `values`, and what is to be said of it. `accept` judges its outputs in float64."""
+    """A copy of the model that holds `values`, and what is to be said of it. `accept` judges its outputs in float64.
+    `told`: the outputs tell right numbers from wrong; else every value on the way must have the size that is foreseen,
+    and as few doubtful numbers are changed as that takes."""
     base = resized(coupling.model, values)
     choices = _numbers(base, coupling, Sizes.of(coupling, chosen), chosen)
     last = ""
-    for tries, kept in enumerate(_fewest_first(list(choices))):
+    doubtful = [key for key in choices if not key[2]]
+    for tries, flipped in enumerate(_fewest_first(list(choices))):
         if tries >= TRIES:
             break
+        kept = flipped if told else flipped ^ frozenset(doubtful)
         module = copy.deepcopy(base)
         for key, several in choices.items():
             for path, name, at, new in several:
@@ -249,8 +256,8 @@ def edited(
         except Exception as error:  # the person's own forward, with sizes that it may not bear: any error means no
             last = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        if accept(got):
-            left = [f"{choices[key][0][0] or 'the model'}.{key[1]}" for key in choices if key in kept and key[4]]
+        if accept(got) and (told or _as_foreseen(coupling, module, values, chosen)):
+            left = [f"{choices[key][0][0] or 'the model'}.{key[1]}" for key in choices if key in kept and key[2]]
             return module, f"{', '.join(left)} stay as they were: the function depends on them" if left else ""
         last = "it runs, and its outputs are not what they must be"
     return None, (
@@ -259,9 +266,26 @@ def edited(
     )
 
 
+def _as_foreseen(
+    coupling: Coupling, module: nn.Module, values: Mapping[str, Tensor], chosen: Mapping[Space, Index]
+) -> bool:
+    """Does the copy run the same operators, and is every value as large as its units say?"""
+    flow = coupling.flow
+    again = record(coupling.run, twin.twin(module, values), coupling.x)
+
+    def met(tape: Tape, size: Callable[[int], tuple[int, ...]]) -> list[tuple[str, list[tuple[int, ...]]]]:
+        """What is computed from the inputs; that it is laid out anew on the way is nobody's business."""
+        nodes = [node for node in tape.nodes if _name(node.op) not in MOVES]
+        data = [(_name(n.op), [v for v in n.outs if v >= 0 and tape.values[v].data]) for n in nodes]
+        return [(name, [size(vid) for vid in vids]) for name, vids in data if vids]
+
+    foreseen = met(coupling.tape, lambda vid: tuple(len(index_of(space, chosen)) for space in flow.axes[vid]))
+    return met(again, lambda vid: again.values[vid].shape) == foreseen
+
+
 def _fewest_first(keys: Sequence[_Key]) -> Iterator[frozenset[_Key]]:
-    """Which numbers stay as they were: none, then any one, first of those that may be meant either way, then two ..."""
-    doubtful = sorted(keys, key=lambda key: key[4])
+    """Choices of these: none, then any one, first of those that may be meant either way, then two ..."""
+    doubtful = sorted(keys, key=lambda key: key[2])
     for count in range(len(keys) + 1):
         for kept in itertools.combinations(doubtful, count):
             yield frozenset(kept)
@@ -307,7 +331,8 @@ def _numbers(
     module: nn.Module, coupling: Coupling, sizes: Sizes, chosen: Mapping[Space, Index]
 ) -> dict[_Key, list[_Choice]]:
     """The whole numbers that may be sizes which change, alike modules together. Those of known modules are set."""
-    choices: dict[_Key, list[_Choice]] = {}
+    choices: dict[tuple[str, str], list[_Choice]] = {}
+    doubtful: set[tuple[str, str]] = set()
     for path, each in module.named_modules():
         if set_known(each, coupling.flow.grouped.get(path), chosen):
             continue
@@ -321,9 +346,10 @@ def _numbers(
                 if not isinstance(old, int) or isinstance(old, bool):
                     continue
                 for new in sorted(met.get(old, frozenset()) - {old}):
-                    key = (re.sub(r"\d+", "#", path), name, at, old, old not in met[old])
-                    choices.setdefault(key, []).append((path, name, at, new))
-    return choices
+                    alike = (re.sub(r"\d+", "#", path), name)
+                    choices.setdefault(alike, []).append((path, name, at, new))
+                    doubtful |= {alike} if old in met[old] else set()
+    return {(*alike, alike not in doubtful): several for alike, several in choices.items()}
 
 
 def set_known(module: nn.Module, groups: Space | None, chosen: Mapping[Space, Index]) -> bool:

@@ -143,8 +143,11 @@ class Coupling:
         path, with * for any text, or the name of a group for all groups of that name.
 
         SurgeryError where there is none, with what there is."""
-        if isinstance(where, Group):
-            return (where,)
+        if isinstance(where, Group):  # of another run, perhaps: what it is here
+            same = tuple(group for group in self.groups if group.members == where.members)
+            if not same:
+                raise SurgeryError(f"this model has no group {where}", hint="Take the groups from coupled(model, ...).")
+            return same
         known = {group.name for group in self.groups}
         pool = [group for group in self.groups if not names or group.name in names]
         if where in known and (not names or where in names):

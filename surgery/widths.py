@@ -46,7 +46,7 @@ from surgery.proof import GATE
 from surgery.running import own_tensors
 from surgery.unit_spaces import Index, Space, find, index_of
 
-Where = str | Group | Mapping[str, int]
+Where = str | Group | Mapping[Any, int]  # of a module, the name of a group, or a Group, the size
 
 
 # --- the changes -----------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def _repeated(coupling: Coupling, groups: list[Group], changes: Mapping[Space, C
         differs.append(drift(expected, got))
         return differs[-1] is not None and (bool(reasons) or differs[-1] <= GATE)
 
-    module, note = edited(coupling, values, chosen, accept)
+    module, note = edited(coupling, values, chosen, accept, told=not reasons)
     known = [d for d in differs if d is not None]
     if module is None and known and not reasons:
         raise SurgeryError(
@@ -345,7 +345,7 @@ def _chosen(coupling: Coupling, groups: list[Group], changes: Mapping[Space, Cha
         differs.append(drift(expected, got))
         return apart is not None and (not plain or apart <= GATE)
 
-    module, note = edited(coupling, values, chosen, accept)
+    module, note = edited(coupling, values, chosen, accept, told=plain)
     notes = _unknown(coupling) + ([note] if note else [])
     if module is not None and plain:
         notes.append("it computes what the model computes with the outgoing weights of these units at zero")
