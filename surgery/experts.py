@@ -103,7 +103,14 @@ def dense_to_moe(
         new.append(Row(f"{path}.router.weight", Status.NEW, None, shape, dtype, note=f"router, random, seed {seed}"))
     source = infos({name: t.detach() for name, t in own_tensors(model).items()})
     plan = plan_of(source, rows, ties=coupling.ties(), description=type(model).__name__, new=new)
-    moved = drift(outputs(coupling, model), outputs(coupling, module, values_of(plan, model)))
+    try:
+        got = outputs(coupling, module, values_of(plan, model))
+    except Exception as error:  # the person's own modules, given tokens one by one: any error means they cannot be
+        raise SurgeryError(
+            f"{where} does not work on single tokens: {error}",
+            hint="Name MLPs that work on each token of the last axis alone.",
+        ) from error
+    moved = drift(outputs(coupling, model), got)
     if normalise and (moved is None or moved > GATE):
         raise SurgeryError(
             f"{where}: the outputs move by {moved}, so what it computes for a token depends on other tokens",
@@ -116,14 +123,18 @@ def _widths(run: Any, model: nn.Module, x: Any, paths: list[str]) -> dict[str, i
     """The last axis of what each module is given."""
     found: dict[str, int] = {}
 
-    def note(path: str, args: tuple[Any, ...]) -> None:
-        if len(args) != 1 or not isinstance(args[0], Tensor):
-            raise SurgeryError(f"{path} takes {len(args)} arguments", hint="Name modules that take one tensor.")
+    def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count = len(args) + len(kwargs)
+        if count != 1 or not args or not isinstance(args[0], Tensor):
+            what = f"{count} arguments" if count != 1 else "what is no tensor"
+            raise SurgeryError(f"{path} takes {what}", hint="Name modules that take one tensor.")
         found[path] = int(args[0].shape[-1])
 
     probe = copy.deepcopy(model).eval()
     for path in paths:
-        probe.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: note(path, args))
+        probe.get_submodule(path).register_forward_pre_hook(
+            lambda _m, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True
+        )
     with torch.no_grad():
         run(probe, x)
     missing = [path for path in paths if path not in found]
