@@ -239,6 +239,7 @@ def edited(
     `told`: the outputs tell right numbers from wrong; else every value on the way must have the size that is foreseen,
     and as few doubtful numbers are changed as that takes."""
     base = resized(coupling.model, values)
+    _stretch_constants(base, coupling, chosen)
     choices = _numbers(base, coupling, Sizes.of(coupling, chosen), chosen)
     last = ""
     doubtful = [key for key in choices if not key[2]]
@@ -264,6 +265,25 @@ def edited(
         f"no copy of the model runs with these sizes ({last}): build the body yourself and use the plan, "
         "whose rows hold for any body with these shapes"
     )
+
+
+def _stretch_constants(module: nn.Module, coupling: Coupling, chosen: Mapping[Space, Index]) -> None:
+    """Buffers that no state dict holds, with the same value for every unit: zeros in place of a key bias."""
+    saved, tape = own_tensors(module), coupling.tape
+    met: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
+    for node in tape.nodes:
+        for vid in node.inputs:
+            if tape.values[vid].origin == "const":
+                new = tuple(len(index_of(space, chosen)) for space in coupling.flow.axes[vid])
+                met.setdefault((node.module, tape.values[vid].shape), set()).add(new)
+    for name, held in list(module.named_buffers(remove_duplicate=False)):
+        path, _, local = name.rpartition(".")
+        wanted = met.get((path, tuple(held.shape)), set()) if name not in saved else set()
+        for axis, size in enumerate(next(iter(wanted)) if len(wanted) == 1 else ()):
+            first = held.narrow(axis, 0, 1)
+            if size != held.shape[axis] and bool((held == first).all()):
+                held = first.repeat_interleave(size, dim=axis)
+                module.get_submodule(path)._buffers[local] = held
 
 
 def _as_foreseen(

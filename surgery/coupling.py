@@ -49,7 +49,8 @@ class Member:
 class Group:
     """Axes that change together.
 
-    name: hidden, inner, heads, query_heads, head_dim, group_width, vocabulary, positions, input, output or kernel.
+    name: hidden, inner, heads, query_heads, head_dim, group_width, vocabulary, positions, input, output, kernel
+        or unused.
     marks: what operators do with the units, and in which modules ("norm", "mean", "softmax", "dot", "sum", "lookup",
         "position", "attention", "groups", "input", "output", "residual"); "fixed" with the reason.
     """
@@ -244,6 +245,8 @@ def _name_of(leaf: Space, inside: Mapping[Space, str]) -> str:
     marks = leaf.marks
     if leaf in inside:
         return inside[leaf]
+    if any("not reached" in why for why in marks.get("fixed", ())):
+        return "unused"
     if "attention" in marks:
         return "heads"
     if any(why.startswith(KERNEL) for why in marks.get("fixed", ())):
@@ -255,6 +258,6 @@ def _name_of(leaf: Space, inside: Mapping[Space, str]) -> str:
         return "positions"
     if "residual" in marks or "norm" in marks or "mean" in marks:
         return "hidden"
-    if "input" in marks:
+    if "input" in marks or any(why.startswith("a constant") for why in marks.get("fixed", ())):
         return "input"
     return "output" if "output" in marks else "inner"

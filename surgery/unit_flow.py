@@ -152,7 +152,7 @@ class Rules(Step):
             axes[dim] = part
             self.give(axes, self.origins(vid), out)
 
-    op_split_with_sizes = op_chunk = op_split
+    op_split_with_sizes = op_unsafe_split = op_unsafe_split_with_sizes = op_chunk = op_split
 
     def op_cat(self) -> None:
         refs = [r.vid for r in self.node.args[0] if len(self.shape(r.vid)) == len(self.shape(self.outs[0]))]
@@ -232,17 +232,27 @@ class Rules(Step):
     op_triu = op_tril
 
     def op_overlay(self) -> None:
-        """A write in place into a part of the tensor."""
+        """A write in place into a box of the tensor: what is written carries the units of that box."""
         old, new = self.node.args[0].vid, self.node.args[1].vid
-        at: Tensor = self.node.args[2]
-        if self.shape(old) == self.shape(new) and at.numel() == math.prod(self.shape(old)):
-            for a, b in zip(self.axes(old), self.axes(new), strict=True):
-                unify(a, b, self.where)
+        at, take = self.node.args[2], self.node.args[3]
+        if at.numel() == math.prod(self.shape(old)) and torch.equal(at, take) and torch.equal(at, _count(at)):
+            for space, written in zip(
+                self.axes(old), regroup(self.axes(new), self.shape(old), self.where), strict=True
+            ):
+                unify(space, written, self.where)
             self.give(self.axes(old), self.origins(old))
-        elif self.flow.constant(old) and self.flow.constant(new):
-            self.give([Space(size) for size in self.shape(old)])
-        else:
-            self.unknown()
+            return
+        box = _box(self.shape(old), at, take)
+        if box is None or [stop - start for start, stop in box] != list(self.shape(new)):
+            if self.flow.constant(old) and self.flow.constant(new):
+                self.give([Space(size) for size in self.shape(old)])
+            else:
+                self.unknown()
+            return
+        for space, written, (start, stop) in zip(self.axes(old), self.axes(new), box, strict=True):
+            sizes = [n for n in (start, stop - start, space.size - stop) if n]
+            unify(self._pieces(space, sizes)[1 if start else 0], written, self.where)
+        self.give(self.axes(old), self.origins(old))
 
     # products
     def op_mm(self) -> None:
@@ -276,7 +286,7 @@ class Rules(Step):
             self._meet_constant(vid, axis)
         if not self.flow.weights_only(a) and not self.flow.weights_only(b):
             self.mark([self.axes(a)[at]], "dot")
-        elif not self.mixed:
+        elif self.flow.weights_only(a) and self.flow.weights_only(b):
             fix(self.axes(a)[at], f"weights meet weights ({self.where})")
 
     def op_convolution(self) -> None:
@@ -471,6 +481,21 @@ class Rules(Step):
         origins = [*(NONE for _ in range(len(times) - len(self.shape(vid)))), *self.origins(vid)]
         new = [axis if n == 1 else product([Space(n), axis]) for axis, n in zip(axes, times, strict=True)]
         self.give(new, origins)
+
+
+def _count(at: Tensor) -> Tensor:
+    return torch.arange(at.numel())
+
+
+def _box(shape: Sequence[int], at: Tensor, take: Tensor) -> list[tuple[int, int]] | None:
+    """(start, stop) along each axis of the flat positions `at`, where they are a box that is filled in order."""
+    if not at.numel() or not torch.equal(take, _count(at)):
+        return None
+    places = torch.unravel_index(at, list(shape))
+    box = [(int(p.min()), int(p.max()) + 1) for p in places]
+    if math.prod(stop - start for start, stop in box) != at.numel() or bool((at[1:] <= at[:-1]).any()):
+        return None
+    return box
 
 
 def _regrouped(old: Sequence[int], origins: Sequence[Origin], new: Sequence[int]) -> list[Origin]:

@@ -34,12 +34,13 @@ class Flow:
     axes: dict[int, list[Space]] = field(default_factory=dict)
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # of values made of parameters alone
     uses: list[Use] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)  # activations of constants: an LSTM's first state, a bias of positions
     grouped: dict[str, Space] = field(default_factory=dict)  # how many groups a convolution has, by module
     unknown: list[str] = field(default_factory=list)  # operators without a rule, with their modules
 
     def weights_only(self, vid: int) -> bool:
         value = self.tape.values[vid]
-        return value.weights and not value.data
+        return value.weights and not value.data and vid not in self.made
 
     def constant(self, vid: int) -> bool:
         value = self.tape.values[vid]
@@ -76,7 +77,10 @@ class Step:
         self.name = _name(node.op) if hasattr(node.op, "_schema") else getattr(node.op, "__name__", str(node.op))
         self.where = f"{self.name} in {node.module or 'the model'}"
         self.outs = [vid for vid in node.outs if vid >= 0]
-        self.mixed = bool(self.outs) and flow.tape.values[self.outs[0]].data
+        product = self.name in ("mm", "bmm", "convolution") and any(map(flow.constant, node.inputs))
+        if (product and any(map(flow.weights_only, node.inputs))) or not flow.made.isdisjoint(node.inputs):
+            flow.made.update(self.outs)
+        self.mixed = bool(self.outs) and not flow.weights_only(self.outs[0]) and not flow.constant(self.outs[0])
         self.inputs = list(node.inputs)
 
     # -- helpers ------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def clone_width(model: nn.Module, example: Any, *, times: int = 2, where: Where 
     coupling = coupled(model, example)
     names = ("hidden", "inner", "heads")
     groups = (
-        [group for name in names for group in coupling.groups if group.name == name and not _idle(group)]
+        [group for name in names for group in coupling.groups if group.name == name]
         if where is None
         else list(coupling.find(where if not isinstance(where, Mapping) else None, *names))
     )
@@ -147,11 +147,6 @@ def prune_heads(model: nn.Module, example: Any, where: str | Group, *, heads: Se
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
-
-
-def _idle(group: Group) -> bool:
-    """A tensor that the run does not reach."""
-    return any("not reached" in why for why in group.marks.get("fixed", ()))
 
 
 def _changeable(group: Group) -> None:
@@ -324,7 +319,9 @@ def _not_preserved(group: Group, index: Index) -> str:
 
 
 def _unknown(coupling: Coupling) -> list[str]:
-    return [f"no rule for {what}: what it touches was left alone" for what in coupling.unknown]
+    idle = dict.fromkeys(tensor for group in coupling.groups if group.name == "unused" for tensor in group.tensors)
+    notes = [f"no rule for {what}: what it touches was left alone" for what in coupling.unknown]
+    return notes + ([f"not reached by the run, and left as they are: {', '.join(idle)}"] if idle else [])
 
 
 def _chosen(coupling: Coupling, groups: list[Group], changes: Mapping[Space, Change]) -> Reshaped:

@@ -139,6 +139,81 @@ def depthwise() -> Body:
     return torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5), image()
 
 
+class Recurrent(nn.Module):
+    """Two layers of an LSTM between projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, 8), nn.Linear(6, 3)
+        self.lstm = nn.LSTM(8, 6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        got: Tensor = self.out(self.lstm(self.embed(x))[0])
+        return got
+
+
+def lstm() -> Body:
+    return Recurrent(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+class UNet(nn.Module):
+    """Down and up again: a group norm, transposed convolutions, and channels joined from two streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8)
+        self.deep, self.up = nn.Conv2d(8, 12, 3, 2, 1), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.join, self.out = nn.Conv2d(16, 6, 3, 1, 1), nn.ConvTranspose2d(6, 3, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.norm(self.down(x)))
+        second = torch.relu(self.up(torch.relu(self.deep(first))))
+        got: Tensor = self.out(torch.relu(self.join(torch.cat([second, first], dim=1))))
+        return got
+
+
+def unet() -> Body:
+    return UNet(), image(16)
+
+
+def densenet() -> Body:
+    import torchvision
+
+    return torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5), image()
+
+
+def beit() -> Body:
+    import timm
+
+    name = "beit_base_patch16_224"
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=5)
+    return model, image()
+
+
+def whisper() -> Body:
+    from transformers import WhisperConfig, WhisperModel
+
+    config = WhisperConfig(
+        vocab_size=60,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    features = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    return WhisperModel(config), {"input_features": features, "decoder_input_ids": ids(), **_PLAIN}
+
+
 BODIES: dict[str, Callable[[], Body]] = {
     "gpt2": gpt2,
     "bert": bert,

@@ -106,6 +106,27 @@ def test_resnet_hidden_widths_widen_at_random_for_batch_norm_reduces_over_none()
     assert result.drift <= GATE
 
 
+@pytest.mark.parametrize("name", ["lstm", "unet", "densenet", "beit", "whisper"])
+def test_further_families(name: str, tmp_path: Path) -> None:
+    model, example = tiny_bodies.body(name)
+    cloned = surgery.clone_width(model, example, times=2)
+    sizes = [g.size for g in surgery.coupled(model, example).find("inner")]
+    wide = surgery.widen(model, example, "inner", to=max(sizes) + 5)
+    for result in (cloned, wide):
+        assert result.kind == "preserving"
+        assert result.drift is not None
+        assert result.drift <= GATE
+        fits(result, model, tmp_path)
+
+
+def test_numbers_that_are_no_sizes_are_left_alone() -> None:
+    model, example = tiny_bodies.body("swin")  # four heads in windows of four
+    groups = [g for g in surgery.coupled(model, example).groups if g.name in ("hidden", "heads")]
+    small = loaded(surgery.shrink_width(model, example, {g: g.size // 2 for g in groups}))
+    attention = small.features[3][0].attn
+    assert (attention.num_heads, list(attention.window_size)) == (2, [4, 4])
+
+
 def test_a_tied_output_embedding_stays_tied() -> None:
     model, example = tiny_bodies.body("gpt2")
     result = surgery.clone_width(model, example, times=2)
