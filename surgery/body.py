@@ -42,7 +42,7 @@ class Reshaped:
 
     plan: rows over the tensors of the model as it was; runs from file to file (surgery.write).
     module: the edited copy, or None where the body has to be built by hand (`notes` say why).
-    kind: preserving (confirmed by running, in float64), approximate, or lossy.
+    kind: preserving (confirmed by running in float64 wherever there is a module), approximate, or lossy.
     drift: the largest relative change of an output on the example, before any training, in float64; None where
         nothing could be run or the outputs cannot be compared.
     groups: what was changed.

@@ -82,7 +82,7 @@ def widen(
     return _repeated(coupling, [group for group, _ in groups], changes)
 
 
-def clone_width(model: nn.Module, example: Any, *, times: int = 2, where: Where | None = None) -> Reshaped:
+def clone_width(model: nn.Module, example: Any, *, times: int = 2, where: str | Group | None = None) -> Reshaped:
     """Every width `times` as large: W.repeat(n0, n1) / n1, biases and norms repeated, head width as it was. Preserving,
     norms included. A tied output embedding keeps its tie: the norm before it is divided instead.
 
@@ -97,7 +97,7 @@ def clone_width(model: nn.Module, example: Any, *, times: int = 2, where: Where 
     groups = (
         [group for name in names for group in coupling.groups if group.name == name]
         if where is None
-        else list(coupling.find(where if not isinstance(where, Mapping) else None, *names))
+        else list(coupling.find(where, *names))
     )
     for group in groups:
         _changeable(group)
@@ -296,6 +296,8 @@ def _repeated(coupling: Coupling, groups: list[Group], changes: Mapping[Space, C
             hint="Please report this model: a rule for one of its operators is wrong. Nothing was changed.",
         )
     kind: Kind = "approximate" if reasons else "preserving"
+    if module is None and not reasons:
+        note += "; that the function stays is told by its structure alone, for nothing could be run"
     notes = (*dict.fromkeys([*reasons, *shares.notes, *_unknown(coupling)]), *([note] if note else []))
     return Reshaped(plan, module, kind, differs[-1] if module is not None else None, tuple(groups), notes)
 

@@ -285,6 +285,9 @@ def test_a_body_that_cannot_bear_it_gets_a_plan_alone() -> None:
     assert result.drift is None
     assert "build the body yourself" in result.notes[0]
     assert result.plan["self_attn.in_proj_weight"].shape == (54, 24)
+    wide = surgery.widen(model, example, "self_attn", to=6)
+    assert (wide.kind, wide.module, wide.drift) == ("preserving", None, None)
+    assert "by its structure alone" in wide.notes[0]
 
 
 # --- grouped queries -------------------------------------------------------------------------------------------------
