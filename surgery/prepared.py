@@ -19,9 +19,9 @@ from surgery import rules as rules_of
 from surgery.checkpoint import Checkpoint
 from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError
-from surgery.expr import kind, names
+from surgery.expr import kind, names, substituted
 from surgery.plan import STALE, Plan
-from surgery.rules import Derivation, Rule
+from surgery.rules import Derivation, Rule, RuleError, Shrink
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,8 @@ class Prepared:
         """RuleError where a rule does not fit the source."""
         given = rules_of.checked(rules)
         made = rules_of.derivation(base, given)
-        if not made.changes:
+        narrower = [rule for rule in given if isinstance(rule, Shrink)]
+        if not made.changes and not narrower:
             return cls(base, base, probe, given, None)
         source = derive(base, made.rows)
         if probe is not None and made.selected:
@@ -55,6 +56,9 @@ class Prepared:
             for stack, keep in made.selected:
                 module = without_blocks(module, before, stack, keep)
             probe = replace(probe, reference=module)
+        for rule in narrower:
+            probe, made = shrunk(base, source, probe, made, rule)
+            source = derive(base, made.rows)
         return cls(base, source, probe, given, made)
 
     @property
@@ -105,6 +109,33 @@ def _ruled(plan: Plan, rules: tuple[str, ...]) -> Plan:
 
 def _selects(rule: Rule) -> bool:
     return isinstance(rule, rules_of.SelectLayers)
+
+
+def shrunk(
+    base: Checkpoint, source: Checkpoint, probe: Probe | None, made: Derivation, rule: Shrink
+) -> tuple[Probe, Derivation]:
+    """The probe with a narrower reference, and what its tensors are made of; in the reference's own names.
+
+    RuleError without a probe, or where the reference's class does not take these widths."""
+    from surgery.link import link
+    from surgery.widths import shrink_width
+
+    if probe is None:
+        raise RuleError(f"{rule}: what shares a width is seen by running", hint="Give a probe; --static cannot do it.")
+    links = link(probe.reference, source)
+    found = shrink_width(probe.reference, probe, dict(rule.sizes))
+    if found.module is None:
+        raise RuleError(f"{rule}: {'; '.join(found.notes) or 'the reference cannot be built so'}")
+    rows: dict[str, Expr] = {}
+    for row in found.plan.rows:
+        held = found.plan[row.tied_to] if row.tied_to is not None else row
+        if held.expr is not None and all(name in links for name in names(held.expr)):
+            rows[row.target] = substituted(substituted(held.expr, links), made.rows)
+    drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
+    before = {group.name: group.size for group in found.groups}
+    said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes)
+    notes = (*made.notes, f"narrower, as asked for: {said}{drift}")
+    return replace(probe, reference=found.module), replace(made, rows=rows, notes=notes)
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------

@@ -84,6 +84,16 @@ class SelectLayers(Rule):
 
 
 @dataclass(frozen=True)
+class Shrink(Rule):
+    """Widths that are made narrower, by the names of their groups (surgery.coupled)."""
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return f"shrink({', '.join(f'{name}={size}' for name, size in self.sizes)})"
+
+
+@dataclass(frozen=True)
 class Without(Rule):
     """A tensor that the source is taken not to have: it follows from a size that is another now."""
 
@@ -151,6 +161,19 @@ def select_layers(keep: Sequence[int], *, stack: str = "") -> Rule:
     return SelectLayers(numbers, stack)
 
 
+def shrink(**sizes: int) -> Rule:
+    """Make the source narrower: `hidden`, `inner` (the neurons of every MLP) and `heads`, each to so many units, which
+    are chosen evenly; heads stay whole, so `heads` shrinks with `hidden` (Xu et al., arXiv 2311.18823). Everything that
+    shares a width is found from the dataflow of the reference, so a probe is needed.
+
+    >>> print(shrink(hidden=192, inner=768, heads=6))
+    shrink(hidden=192, inner=768, heads=6)
+    """
+    if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values()):
+        raise RuleError("shrink takes the new widths, as in shrink(hidden=192, inner=768, heads=6)")
+    return Shrink(tuple(sizes.items()))
+
+
 def drop(pattern: str, *, why: str) -> Rule:
     """Use no source tensor that `pattern` matches (a glob): what would have been filled from one stays new.
 
@@ -181,6 +204,7 @@ _WORDS: Mapping[str, Callable[..., Rule]] = {
     "init": init,
     "resize": resize,
     "select_layers": select_layers,
+    "shrink": shrink,
 }
 
 

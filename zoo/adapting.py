@@ -7,6 +7,7 @@ stands in the plan's rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from zoo.grafting import Source
 
 VOCABULARY = "vocabulary"
+_INNER = ("intermediate_size", "ffn", "ffn_dim", "d_ff", "inner", "mlp_dim", "wide", "dim_feedforward", "n_inner")
 _ROUNDING = 1e-4  # what float32 alone does to an output
 _MOST = 4  # ways of reading a target's sizes that are tried
 
@@ -162,6 +164,50 @@ def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Ru
         found = token_map(folder, tokenizer, old_size=own, new_size=rows[0])
     rules = tuple(Derive(name, f'vocab_map({name}, rows="{found.rows}", seed=0)', implied=True) for name in names)
     return rules, str(found)
+
+
+def narrower(source: Source, runnable: PartProbe, model: nn.Module, arguments: Mapping[str, Any] | None) -> Rule:
+    """The rule that makes the source as narrow as a target is. ZooError where its widths cannot be read off."""
+    import surgery
+    from surgery.coupling import coupled
+
+    def one(name: str) -> int:
+        sizes = {group.size for group in coupling.groups if group.name == name}
+        if len(sizes) > 1 or (name == "hidden" and not sizes):
+            raise _unshrinkable(source, f"the source has {len(sizes) or 'no'} widths called {name}")
+        return sizes.pop() if sizes else 0
+
+    run = surgery.Probe(runnable.reference, runnable.run, None, [runnable.inputs(0, runnable.variants[0])])
+    coupling = coupled(runnable.reference, run)
+    hidden, inner, heads = one("hidden"), one("inner"), one("heads")
+    body = Body.of(model, None, arguments)
+    vectors = Counter(shape[0] for shape in body.shapes.values() if len(shape) == 1)
+    if not vectors:
+        raise _unshrinkable(source, "the target has no vectors, by which its width could be told")
+    to = vectors.most_common(1)[0][0]
+    sizes = {"hidden": to} if to != hidden else {}
+    if heads and to != hidden:
+        if heads * to % hidden:
+            raise _unshrinkable(
+                source, f"its {heads} heads of {hidden // heads} stay whole, and {to} of {hidden} is no number of them"
+            )
+        sizes["heads"] = heads * to // hidden
+    if inner:
+        beside = {n for shape in body.shapes.values() if len(shape) == 2 and to in shape for n in shape}
+        said = [n for n in body.words(*_INNER) if isinstance(n, int) and n in beside]
+        alike = [n for n in (inner * to // hidden, inner) if n in beside]
+        beside -= {to, 2 * to, 3 * to, *body.rows(to).values()}
+        found = [*said, *alike, *sorted(beside, key=lambda n: -vectors[n])]
+        if found and found[0] != inner:
+            sizes["inner"] = found[0]
+    if not sizes:
+        raise _unshrinkable(source, "the target is as wide as the source")
+    return surgery.rules.shrink(**sizes)
+
+
+def _unshrinkable(source: Source, why: str) -> ZooError:
+    hint = "say the widths yourself, in a file for --rules: shrink(hidden=384, inner=1536, heads=6)"
+    return ZooError(f"{source.ref} cannot be shrunk by itself: {why}", kind="file", hint=hint)
 
 
 def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:

@@ -49,6 +49,7 @@ class Asked:
     rules: str | None = None
     layers: str | None = None
     tokenizer: str | None = None
+    shrink: bool = False
 
 
 def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +68,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--plan", metavar="PLAN.graft.toml", help="Apply this plan, edited or not; nothing is searched.")
     @click.option("--rules", metavar="FILE", help="What you want otherwise, a rule a line: see zoo graft in the docs.")
     @click.option("--layers", metavar="0,2,4", help="Keep these blocks of the source and leave the others out.")
+    @click.option("--shrink", is_flag=True, help="Make the source as narrow as your module, by evenly chosen units.")
     @click.option("--tokenizer", metavar="PATH", help="Your own (tokenizer.json, vocab.txt): rows are found by token.")
     @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
     @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
@@ -229,32 +231,32 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
         written.start_from(made.model, asked.init)
     if asked.into:
         grafting.submodule(made.model, asked.into)
-    rules = _rules(asked)
+    run = not asked.static and source.probe is not None
+    ways = partial(
+        grafting.attempts,
+        source,
+        made.model,
+        example=target.example_of(made, asked.example) if run else None,
+        into=asked.into,
+        where=f"{made.file}: {made.name}",
+        static=asked.static,
+        arguments=made.arguments,
+        rules=_rules(asked),
+        plan=given,
+        tokenizer=asked.tokenizer,
+        shrink=asked.shrink,
+    )
+    notes: tuple[str, ...] = ()
     if asked.static:
-        ways = partial(
-            grafting.attempts, source, made.model, into=asked.into, static=True, arguments=made.arguments, rules=rules
-        )
-        return Job(source, made, ways, ("nothing was run, as --static asks",), given)
-    if source.probe is None:
-        ways = partial(grafting.attempts, source, made.model, into=asked.into)
-        return Job(source, made, ways, (f"{source.unrunnable()}; nothing was run",), given)
-    example = target.example_of(made, asked.example)
+        notes = ("nothing was run, as --static asks",)
+    elif not run:
+        notes = (f"{source.unrunnable()}; nothing was run",)
 
     def tried() -> Iterator[Attempt]:
         with _offers_static():
-            yield from grafting.attempts(
-                source,
-                made.model,
-                example=example,
-                into=asked.into,
-                where=f"{made.file}: {made.name}",
-                arguments=made.arguments,
-                rules=rules,
-                plan=given,
-                tokenizer=asked.tokenizer,
-            )
+            yield from ways()
 
-    return Job(source, made, tried, (), given)
+    return Job(source, made, tried, notes, given)
 
 
 def _wait(out: Out, job: Job) -> None:

@@ -212,15 +212,16 @@ def attempts(
     rules: Any = (),
     plan: surgery.Plan | None = None,
     tokenizer: Any = None,
+    shrink: bool = False,
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
     first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said.
 
     arguments: those that the target was made with. plan: one that is given; what it resized, is. tokenizer: the
-    target's, by whose tokens rows of the vocabulary are chosen.
+    target's, by whose tokens rows of the vocabulary are chosen. shrink: the source is made as narrow as the target.
     """
     from surgery.rules import checked
-    from zoo.adapting import by_token, changes, derived, of_plan, remade
+    from zoo.adapting import by_token, changes, derived, narrower, of_plan, remade
 
     grafted = submodule(model, into) if into else model
     own, said = checked(rules), ""
@@ -233,6 +234,10 @@ def attempts(
     spoken = (f"vocabulary by token: {said}",) if said else ()
     runnable = None if static else source.reference()
     passed: list[str] = []
+    if shrink:
+        if runnable is None:
+            raise ZooError("--shrink runs the source, to see what shares a width, and --static runs nothing")
+        own = (*own, narrower(source, runnable, grafted, arguments))
     for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments, own):
         change = replace(change, notes=spoken)
         if runnable is None:

@@ -204,3 +204,42 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path, line: str
     with pytest.raises(surgery.SurgeryError, match="line 1") as caught:
         rules.read(path)
     assert said in str(caught.value)
+
+
+# -- narrower ---------------------------------------------------------------------------------------------------------
+def test_a_narrower_model_holds_evenly_chosen_units_and_is_proven_as_such(tmp_path: Path) -> None:
+    bert = deep_bert(2)
+
+    mine = narrow_encoder()
+    rule = rules.shrink(hidden=16, inner=24, heads=2)
+    report = surgery.graft(bert.state_dict(), mine, probe=pairs.probe(bert, surface=True), rules=[rule])
+    assert report.verdict == "adapted"
+    row = report.plan["blocks.0.ffn.0.weight"]
+    assert row.sources == ("encoder.layer.0.intermediate.dense.weight",)
+    old = bert.state_dict()["encoder.layer.0.intermediate.dense.weight"]
+    inner = [round(i * 63 / 23) for i in range(24)]
+    assert torch.equal(mine.state_dict()["blocks.0.ffn.0.weight"], old[inner][:, ::2])
+    assert any("narrower, as asked for" in note for note in report.plan.notes)
+    report.plan.save(tmp_path / "plan.toml")
+    loaded = surgery.Plan.load(tmp_path / "plan.toml")
+    assert surgery.verify(bert.state_dict(), mine, loaded, probe=pairs.probe(bert, surface=True)).verdict == "adapted"
+
+
+def narrow_encoder() -> nn.Module:
+    """Half as wide, with half the heads."""
+    kept = pairs.WIDTH, pairs.FFN
+    pairs.WIDTH, pairs.FFN = 16, 24
+    try:
+        torch.manual_seed(9)
+        return pairs.Encoder(heads=2).eval()
+    finally:
+        pairs.WIDTH, pairs.FFN = kept
+
+
+def test_a_width_that_is_not_there_and_heads_that_do_not_divide() -> None:
+    bert = deep_bert(2)
+    probe = pairs.probe(bert, surface=True)
+    with pytest.raises(surgery.SurgeryError, match="depth"):
+        surgery.plan(bert.state_dict(), narrow_encoder(), probe=probe, rules=[rules.shrink(depth=1)])
+    with pytest.raises(surgery.SurgeryError, match="Give a probe|seen by running"):
+        surgery.plan(bert.state_dict(), narrow_encoder(), rules=[rules.shrink(hidden=16)])

@@ -222,3 +222,63 @@ def test_rows_of_a_head_by_the_names_of_classes(tmp_path: Path) -> None:
     unnamed.tag = nn.Linear(16, 3)
     report = zoo.graft(f"file:{tmp_path}", unnamed, example=example())
     assert report.plan["tag.weight"].status == "new"
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("flags", "sets", "said"),
+    [
+        (["--layers", "1"], ["depth=1"], "of the 2 blocks of encoder.layer those numbered 1 are kept"),
+        (["--layers", "encoder.layer:0"], ["depth=1"], "those numbered 0 are kept"),
+        (["--shrink"], ["dim=8", "heads=2", "inner=12"], "narrower, as asked for: hidden 16 -> 8, heads 4 -> 2"),
+        (["--rules", "rules.txt"], [], "as asked for: trained anew"),
+        (["--tokenizer", "vocab.txt"], ["vocab=4"], "vocabulary by token: 4 tokens: 3 copied"),
+    ],
+)
+def test_flags_of_the_command_line(
+    flags: list[str],
+    sets: list[str],
+    said: str,
+    with_words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from zoo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(tiny_bert.MINE)
+    (tmp_path / "rules.txt").write_text('init("layers.1.down.*", why="trained anew")\n')
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\nword4\nmine\n")
+    args = [f"file:{with_words}#encoder", "mine.py", *(f"--set={each}" for each in sets)]
+    assert main(["graft", *args, *flags]) == 0, capsys.readouterr().err
+    assert said in capsys.readouterr().out
+    assert main(["verify", *args]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--layers", "one"], "--layers takes numbers with commas between them"),
+        (["--layers", "0,5"], "has 2 blocks, numbered 0 to 1, and 5 is asked for"),
+        (["--shrink"], "the target is as wide as the source"),
+        (["--shrink", "--static"], "--static runs nothing"),
+        (["--rules", "none.txt"], "the rules cannot be read"),
+        (["--tokenizer", "none.json"], "none.json"),
+    ],
+)
+def test_flags_that_cannot_be(
+    flags: list[str],
+    said: str,
+    with_words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from zoo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(tiny_bert.MINE)
+    assert main(["graft", f"file:{with_words}#encoder", "mine.py", *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "mine.safetensors").exists()
