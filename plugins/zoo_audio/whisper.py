@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo import Entry, Part, PartProbe, Source
+from zoo import Entry, Part, Source
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint, TensorInfo
+    from surgery import TensorInfo
 
 # "generation" is what is published on the hub, "model" the body alone, "openai" the files of the package openai-whisper
 # ({"dims": ..., "model_state_dict": ...}, of which the tensors are read).
@@ -27,19 +27,19 @@ PARTS = (
             "model": ("encoder.conv?.*", "encoder.embed_positions.*"),
             "openai": ("encoder.conv?.*", "encoder.positional_embedding"),
         },
-        probe="zoo_audio.whisper:frontend_probe",
+        probe="zoo_audio.whisper_probes:frontend",
         outputs=("embeddings",),
     ),
     Part(
         "encoder",
         {"generation": ("model.encoder.*",), "model": ("encoder.*",), "openai": ("encoder.*",)},
-        probe="zoo_audio.whisper:encoder_probe",
+        probe="zoo_audio.whisper_probes:encoder",
         outputs=("last_hidden_state",),
     ),
     Part(
         "decoder",
         {"generation": ("model.decoder.*",), "model": ("decoder.*",), "openai": ("decoder.*",)},
-        probe="zoo_audio.whisper:decoder_probe",
+        probe="zoo_audio.whisper_probes:decoder",
         outputs=("last_hidden_state",),
     ),
     # The published files have no matrix of the head: it is the embedding of the decoder's tokens.
@@ -50,7 +50,7 @@ PARTS = (
             "model": ("decoder.embed_tokens.weight",),
             "openai": ("decoder.token_embedding.weight",),
         },
-        probe="zoo_audio.whisper:head_probe",
+        probe="zoo_audio.whisper_probes:head",
         outputs=("logits",),
     ),
 )
@@ -72,7 +72,7 @@ ENTRIES = (
         layouts=LAYOUTS,
         requires="audio",
         load="zoo_audio.loading:whisper",
-        probe="zoo_audio.whisper:whole_probe",
+        probe="zoo_audio.whisper_probes:whole",
         outputs=("logits",),
         parts=PARTS,
         sizes="zoo_audio.sizes:whisper",
@@ -94,38 +94,3 @@ def names_say(entry: str, tensors: Mapping[str, TensorInfo]) -> str | Literal[Fa
         if name.endswith("encoder.conv1.weight"):
             return f"its first convolution takes {info.shape[1]} mel bands" if len(info.shape) == 3 else False
     return False
-
-
-def frontend_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From log-mel features [B, mels, 2 * positions] to [B, positions, width]."""
-    from zoo_audio import whisper_probes
-
-    return whisper_probes.frontend(checkpoint, config)
-
-
-def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From log-mel features to the encoder's last hidden state."""
-    from zoo_audio import whisper_probes
-
-    return whisper_probes.encoder(checkpoint, config)
-
-
-def decoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids and the encoder's hidden states to the decoder's last hidden state."""
-    from zoo_audio import whisper_probes
-
-    return whisper_probes.decoder(checkpoint, config)
-
-
-def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From hidden states to logits."""
-    from zoo_audio import whisper_probes
-
-    return whisper_probes.head(checkpoint, config)
-
-
-def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From log-mel features and token ids to logits."""
-    from zoo_audio import whisper_probes
-
-    return whisper_probes.whole(checkpoint, config)

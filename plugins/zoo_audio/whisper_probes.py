@@ -149,6 +149,7 @@ def _decoder(config: WhisperConfig) -> nn.Module:
 
 
 def frontend(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From log-mel features [B, mels, 2 * positions] to [B, positions, width]."""
     known = configured(checkpoint, config)
     module = zoo.unfilled(lambda: Frontend(_encoder(_with(known, encoder_layers=0))))
     zoo.fill(module, checkpoint, Names(checkpoint).under("encoder."))
@@ -156,6 +157,7 @@ def frontend(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe
 
 
 def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From log-mel features to the encoder's last hidden state."""
     known = configured(checkpoint, config)
     module = zoo.unfilled(lambda: _encoder(known))
     zoo.fill(module, checkpoint, Names(checkpoint).under("encoder."))
@@ -169,6 +171,7 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 
 def decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids and the encoder's hidden states to the decoder's last hidden state."""
     known = configured(checkpoint, config)
     module = zoo.unfilled(lambda: _decoder(known))
     zoo.fill(module, checkpoint, Names(checkpoint).under("decoder."))
@@ -181,6 +184,7 @@ def decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 
 def head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From hidden states to logits."""
     known = configured(checkpoint, config)
     tied = Names(checkpoint)("decoder.embed_tokens.weight")
     module = zoo.unfilled(lambda: nn.Linear(known.d_model, known.vocab_size, bias=False))
@@ -198,7 +202,7 @@ def head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 
 def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
-    """Logits, also of a body alone: the head is tied to the decoder's embedding."""
+    """From log-mel features and token ids to logits, also of a body alone: the head is tied to the decoder's table."""
     known = configured(checkpoint, config)
     at = Names(checkpoint)
     module = zoo.unfilled(lambda: transformers.WhisperForConditionalGeneration(known))

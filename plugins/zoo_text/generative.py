@@ -75,6 +75,7 @@ class _Gpt2Embeddings(nn.Module):
 
 
 def gpt2_embeddings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids to the sum of words and positions."""
     known = _gpt2_config(config)
     module, at = zoo.unfilled(lambda: _Gpt2Embeddings(known)), _gpt2_at(checkpoint)
     zoo.fill(module, checkpoint, lambda name: at + name)
@@ -83,6 +84,7 @@ def gpt2_embeddings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.Pa
 
 
 def gpt2_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids to the last hidden state."""
     known = _gpt2_config(config)
     module, at = zoo.unfilled(lambda: transformers.GPT2Model(known)), _gpt2_at(checkpoint)
     zoo.fill(module, checkpoint, lambda name: at + name, spare=_spare(checkpoint, _SPARE_GPT2))
@@ -90,6 +92,7 @@ def gpt2_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartP
 
 
 def gpt2_head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From hidden states to logits."""
     known = _gpt2_config(config)
     module = zoo.unfilled(lambda: Head(known.n_embd, known.vocab_size))
     name = "lm_head.weight" if "lm_head.weight" in checkpoint else f"{_gpt2_at(checkpoint)}wte.weight"
@@ -111,6 +114,8 @@ def gpt2_model(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
 
 
 def gpt2_whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids to the last hidden state and the logits."""
+
     def run(module: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
         hidden = module.get_submodule("transformer")(**x).last_hidden_state
         return hidden, module.get_submodule("lm_head")(hidden)
@@ -167,6 +172,7 @@ class _Table(nn.Module):
 
 
 def t5_embeddings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids to rows of the table."""
     known = _t5_config(config)
     module = zoo.unfilled(lambda: _Table(known))
     zoo.fill(module, checkpoint)
@@ -179,6 +185,7 @@ def _tables(checkpoint: Checkpoint) -> list[str]:
 
 
 def t5_encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids to the encoder's last hidden state."""
     known = _t5_config(config)
     module = zoo.unfilled(lambda: transformers.T5EncoderModel(known))
     zoo.fill(module, checkpoint, spare=_tables(checkpoint))
@@ -187,6 +194,7 @@ def t5_encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartPro
 
 
 def t5_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids and the encoder's hidden states to the decoder's last hidden state."""
     known = _t5_config(config)
     module = zoo.unfilled(lambda: transformers.T5Model(known).decoder)
 
@@ -198,6 +206,7 @@ def t5_decoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartPro
 
 
 def t5_head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From the decoder's hidden states to logits, where the head is not the table of words."""
     known = _t5_config(config)
     scale = known.d_model**-0.5 if known.scale_decoder_outputs else 1.0
     module = zoo.unfilled(lambda: Head(known.d_model, known.vocab_size, scale))
@@ -214,6 +223,7 @@ def t5_model(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
 
 
 def t5_whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From token ids of both sides to both last hidden states, and logits where there is a decoder."""
     if not any(name.startswith("decoder.") for name in checkpoint):
         return t5_encoder(checkpoint, config)
     known = _t5_config(config)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from zoo import Entry, Part, PartProbe, Source
+from zoo import Entry, Part, Source
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint, TensorInfo
+    from surgery import TensorInfo
 
 # The repositories of OpenAI's own weights hold the body alone; a model that was trained further has it under a prefix.
 LAYOUTS = {
@@ -20,20 +20,20 @@ PARTS = (
     Part(
         "embeddings",
         {"model": ("wte.weight", "wpe.weight"), "lm": ("transformer.wte.weight", "transformer.wpe.weight")},
-        probe="zoo_text.gpt2:embeddings_probe",
+        probe="zoo_text.generative:gpt2_embeddings",
         outputs=("embeddings",),
     ),
     Part(
         "decoder",
         {"model": ("wte.*", "wpe.*", "h.*", "ln_f.*"), "lm": ("transformer.*",)},
-        probe="zoo_text.gpt2:decoder_probe",
+        probe="zoo_text.generative:gpt2_decoder",
         outputs=("last_hidden_state",),
         aliases=("body",),
     ),
     Part(
         "head",
         {"model": ("wte.weight",), "lm": ("transformer.wte.weight", "lm_head.weight")},
-        probe="zoo_text.gpt2:head_probe",
+        probe="zoo_text.generative:gpt2_head",
         outputs=("logits",),
     ),
 )
@@ -55,7 +55,7 @@ ENTRIES = (
         layouts=LAYOUTS,
         requires="text",
         load="zoo_text.loading:gpt2",
-        probe="zoo_text.gpt2:whole_probe",
+        probe="zoo_text.generative:gpt2_whole",
         outputs=("last_hidden_state", "logits"),
         parts=PARTS,
         sizes="zoo_text.sizes:gpt2",
@@ -89,31 +89,3 @@ def shapes_say(tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
             n, m = info.shape if len(info.shape) == 2 else (0, 0)
             return f"queries, keys and values are one matrix of {n} x {m}" if m == 3 * n and n else False
     return ""
-
-
-def embeddings_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids to the sum of words and positions."""
-    from zoo_text.generative import gpt2_embeddings
-
-    return gpt2_embeddings(checkpoint, config)
-
-
-def decoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids to the last hidden state."""
-    from zoo_text.generative import gpt2_decoder
-
-    return gpt2_decoder(checkpoint, config)
-
-
-def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From hidden states to logits."""
-    from zoo_text.generative import gpt2_head
-
-    return gpt2_head(checkpoint, config)
-
-
-def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids to the last hidden state and the logits."""
-    from zoo_text.generative import gpt2_whole
-
-    return gpt2_whole(checkpoint, config)

@@ -7,12 +7,12 @@ FLAN-T5 (Chung et al. 2022), which has the form of the second.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from zoo import Entry, Part, PartProbe, Source
+from zoo import Entry, Part, Source
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint, TensorInfo
+    from surgery import TensorInfo
 
 LAYOUTS = {
     "model": ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.*"),
@@ -26,25 +26,25 @@ PARTS = (
     Part(
         "embeddings",
         {"model": ("shared.weight",), "encoder": ("shared.weight",)},
-        probe="zoo_text.t5:embeddings_probe",
+        probe="zoo_text.generative:t5_embeddings",
         outputs=("embeddings",),
     ),
     Part(
         "encoder",
         {"model": (*_TABLE, "encoder.*"), "encoder": (*_TABLE, "encoder.*")},
-        probe="zoo_text.t5:encoder_probe",
+        probe="zoo_text.generative:t5_encoder",
         outputs=("last_hidden_state",),
     ),
     Part(
         "decoder",
         {"model": _DECODER, "encoder": ()},
-        probe="zoo_text.t5:decoder_probe",
+        probe="zoo_text.generative:t5_decoder",
         outputs=("last_hidden_state",),
     ),
     Part(
         "head",
         {"model": ("lm_head.weight",), "encoder": ()},
-        probe="zoo_text.t5:head_probe",
+        probe="zoo_text.generative:t5_head",
         outputs=("logits",),
     ),
 )
@@ -71,7 +71,7 @@ ENTRIES = (
         layouts=LAYOUTS,
         requires="text",
         load="zoo_text.loading:t5",
-        probe="zoo_text.t5:whole_probe",
+        probe="zoo_text.generative:t5_whole",
         outputs=("encoder_last_hidden_state", "last_hidden_state", "logits"),
         parts=PARTS,
         sizes="zoo_text.sizes:t5",
@@ -85,38 +85,3 @@ def shapes_say(tensors: Mapping[str, TensorInfo]) -> str | Literal[False]:
     return (
         "its feed-forward is gated, as in version 1.1 and FLAN" if gated else "its feed-forward is that of version 1.0"
     )
-
-
-def embeddings_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids to rows of the table."""
-    from zoo_text.generative import t5_embeddings
-
-    return t5_embeddings(checkpoint, config)
-
-
-def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids to the encoder's last hidden state."""
-    from zoo_text.generative import t5_encoder
-
-    return t5_encoder(checkpoint, config)
-
-
-def decoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids and the encoder's hidden states to the decoder's last hidden state."""
-    from zoo_text.generative import t5_decoder
-
-    return t5_decoder(checkpoint, config)
-
-
-def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From the decoder's hidden states to logits, where the head is not the table of words."""
-    from zoo_text.generative import t5_head
-
-    return t5_head(checkpoint, config)
-
-
-def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From token ids of both sides to both last hidden states, and logits where there is a decoder."""
-    from zoo_text.generative import t5_whole
-
-    return t5_whole(checkpoint, config)
