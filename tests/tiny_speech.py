@@ -49,6 +49,7 @@ SPEECH: dict[str, Any] = {
 SHAPED = {name: value for name, value in SPEECH.items() if name not in ("conv_kernel", "conv_stride", "conv_dim")}
 SHAPED |= {"hidden_size": 64, "num_attention_heads": 1, "conv_dim": [8] * 7, "num_feat_extract_layers": 7}
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+CLASSES = {"num_labels": 3, "classifier_proj_size": 6}
 WAVLM = {"num_buckets": 8, "max_bucket_distance": 20}
 
 

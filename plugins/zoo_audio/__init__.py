@@ -6,6 +6,7 @@ An ordinary plugin: it uses what any plugin may use, and no more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import zoo
@@ -44,4 +45,6 @@ def zoo_recognise(config: Mapping[str, object], tensors: Mapping[str, TensorInfo
             evidence.append(f"the tensors are named as in {entry.name}, layout {layout}")
             evidence += [each for each in (told, said) if each]
             found.append(zoo.Recognition(entry.name, tuple(evidence), len(evidence)))
+    if len(found) > 1:  # what would settle it is no evidence, so it is not counted
+        found = [replace(each, evidence=(*each.evidence, speech.UNTOLD)) for each in found]
     return found

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import zoo
-from zoo_audio import fairseq, speech_probes, whisper_probes
+from zoo_audio import speech_probes, whisper_probes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,18 +61,20 @@ def whisper(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> 
 
 
 def speech(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
-    """From a recording to text where there is a head for CTC and a vocabulary, else to hidden states."""
-    probe = speech_probes.whole(checkpoint, fairseq.configured(checkpoint, config))
+    """From a recording to text where there is a head for CTC and a vocabulary, to classes where there is a head for
+    them, else to hidden states."""
+    probe = speech_probes.whole(checkpoint, config)
     given = _beside(folder, "preprocessor_config.json")
     made = transformers.Wav2Vec2FeatureExtractor
     extractor = made.from_dict(given) if given else made()
     vocabulary = _beside(folder, "vocab.json")
-    blank = int(getattr(probe.reference.config, "pad_token_id", None) or 0)
+    known: Any = probe.reference.config
+    blank = int(getattr(known, "pad_token_id", None) or 0)
 
     def preprocess(x: Any) -> dict[str, Tensor]:
         samples = _samples(x, extractor.sampling_rate)
         values = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return {"input_values": values["input_values"]}
+        return dict(values)
 
     def forward(m: nn.Module, x: dict[str, Tensor]) -> Tensor:
         return probe.run(m, x)[0]
@@ -81,6 +83,10 @@ def speech(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> z
         if probe.outputs != ("logits",):
             kind = probe.outputs[0]
             return {"output": kind, "shape": list(answer.shape), "mean": float(answer.double().mean())}
+        if answer.dim() == 2:  # one row a recording
+            best = answer[0].double().softmax(-1).topk(min(5, answer.shape[1]))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            return {"top": [{"class": str(known.id2label[i]), "probability": round(value, 4)} for i, value in pairs]}
         ids = collapsed(answer[0].argmax(-1).tolist(), blank)
         return {"ids": ids} | ({"text": _spoken(ids, vocabulary)} if vocabulary else {})
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo import Entry, Part, PartProbe, Source
+from zoo import Entry, Part, Source
 from zoo_audio import fairseq
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint, TensorInfo
+    from surgery import TensorInfo
 
 _BODY = ("feature_extractor.*", "feature_projection.*", "encoder.*")
 _FRONTEND = ("feature_extractor.*", "feature_projection.*")
@@ -46,23 +46,24 @@ def _parts(entry: str) -> tuple[Part, ...]:
         found = {"model": ours, "task": _under(f"{entry}.", ours), "fairseq": fair}
         return found | ({"fairseq-tuned": _under(_TUNED[entry], fair)} if _TUNED[entry] else {})
 
-    # A body alone has no head, in either spelling.
-    heads = dict.fromkeys(_layouts(entry), ("lm_head.*", "w2v_encoder.proj.*"))
+    # For CTC, for classes of recordings, and for speakers (told by its `tdnn`, and not run). A bare body has none.
+    ours = ("lm_head.*", "projector.*", "classifier.*", "layer_weights", "tdnn.*")
+    heads = {layout: ("w2v_encoder.proj.*",) if "fair" in layout else ours for layout in _layouts(entry)}
     return (
         # From a waveform to what enters the transformer: convolutions, normalised and projected.
         Part(
             "frontend",
             spelled(_FRONTEND, _FAIR_FRONTEND),
-            probe="zoo_audio.speech:frontend_probe",
+            probe="zoo_audio.speech_probes:frontend",
             outputs=("hidden_states",),
         ),
         Part(
             "encoder",
             spelled(_BODY, _FAIR_BODY),
-            probe="zoo_audio.speech:encoder_probe",
+            probe="zoo_audio.speech_probes:encoder",
             outputs=("last_hidden_state",),
         ),
-        Part("head", heads, probe="zoo_audio.speech:head_probe", outputs=("logits",)),
+        Part("head", heads, probe="zoo_audio.speech_probes:head", outputs=("logits",)),
     )
 
 
@@ -72,12 +73,12 @@ def _entry(name: str, tags: Mapping[str, str], licence: str) -> Entry:
         tags={tag: (Source("hub", repository),) for tag, repository in tags.items()},
         default_tag="base",
         modality="audio",
-        tasks=("automatic-speech-recognition", "feature-extraction"),
+        tasks=("automatic-speech-recognition", "audio-classification", "feature-extraction"),
         licence=licence,
         layouts=_layouts(name),
         requires="audio",
         load="zoo_audio.loading:speech",
-        probe="zoo_audio.speech:whole_probe",
+        probe="zoo_audio.speech_probes:whole",
         outputs=("last_hidden_state",),
         parts=_parts(name),
     )
@@ -117,6 +118,11 @@ ENTRIES = (
     ),
 )
 
+UNTOLD = (
+    "a bare wav2vec2 and a bare hubert have tensors of the same names and shapes; the model_type in a config.json "
+    "beside the file would settle it"
+)
+
 
 def file_says(entry: str, beside: Mapping[str, Any]) -> str | Literal[False]:
     """What fairseq wrote beside the weights."""
@@ -142,31 +148,3 @@ def names_say(entry: str, tensors: Mapping[str, TensorInfo]) -> str | Literal[Fa
     if quantizer:
         return False
     return "it has the clusters' embeddings that it was trained with" if clusters else ""
-
-
-def frontend_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From a waveform [B, samples] to [B, frames, width]."""
-    from zoo_audio import speech_probes
-
-    return speech_probes.frontend(checkpoint, fairseq.configured(checkpoint, config))
-
-
-def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From a waveform [B, samples] to the last hidden state [B, frames, width]."""
-    from zoo_audio import speech_probes
-
-    return speech_probes.encoder(checkpoint, fairseq.configured(checkpoint, config))
-
-
-def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From hidden states to the logits of CTC."""
-    from zoo_audio import speech_probes
-
-    return speech_probes.head(checkpoint, fairseq.configured(checkpoint, config))
-
-
-def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From a waveform to the logits of CTC where there is such a head, else to the last hidden state."""
-    from zoo_audio import speech_probes
-
-    return speech_probes.whole(checkpoint, fairseq.configured(checkpoint, config))

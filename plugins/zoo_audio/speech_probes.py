@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoo
+from zoo_audio import fairseq
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,6 +56,11 @@ _TRAINING: tuple[str, ...] = (
 )
 
 
+# A head for classes of recordings, which only transformers has; it stands beside the body.
+_TOP = ("projector.", "classifier.", "layer_weights")
+_PROJECTOR, _MIXED = "projector.weight", "layer_weights"
+
+
 class Names:
     """How a checkpoint spells what transformers' Wav2Vec2Model and its relatives call by a name."""
 
@@ -68,6 +74,8 @@ class Names:
         self.training = tuple(name for name in checkpoint if name.removeprefix(self.prefix).startswith(_TRAINING))
 
     def __call__(self, name: str) -> str:
+        if name.startswith(_TOP):
+            return name
         if name.startswith("lm_head."):
             tuned = self.fairseq or self.prefix == _PREFIXES[0]
             return name.replace("lm_head.", "w2v_encoder.proj.") if tuned else name
@@ -82,7 +90,9 @@ class Names:
 
 
 def configured(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[str, PretrainedConfig]:
-    """The family's name in transformers, and the configuration; where there is none, what names and shapes say."""
+    """The family's name in transformers, and the configuration: of transformers, or as fairseq writes its own; where
+    there is none, what names and shapes say."""
+    config = fairseq.configured(checkpoint, config)
     gated = any(".gru_rel_pos_const" in name or ".grep_a" in name for name in checkpoint)
     family = str(config.get("model_type", "wavlm" if gated else "wav2vec2"))
     if family not in _CLASSES:
@@ -168,48 +178,96 @@ def _body(family: str, config: PretrainedConfig) -> nn.Module:
 
 
 def frontend(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From a waveform [B, samples] to [B, frames, width]."""
     family, known = configured(checkpoint, config)
     known.num_hidden_layers = 0
     module = zoo.unfilled(lambda: Frontend(_body(family, known)))
     zoo.fill(module, checkpoint, Names(checkpoint))
-    return zoo.PartProbe(module, lambda m, x: (m(**x),), waves(known), _VARIANTS, ("hidden_states",))
+    return zoo.PartProbe(module, lambda m, x: (m(**x),), _unmasked(waves(known)), _NO_PADDING, ("hidden_states",))
 
 
 def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From a waveform [B, samples], and perhaps a mask of its samples, to the last hidden state [B, frames, width]."""
     family, known = configured(checkpoint, config)
     module = zoo.unfilled(lambda: _body(family, known))
     zoo.fill(module, checkpoint, Names(checkpoint), spellings=_OLD)
-    return zoo.PartProbe(module, _last_hidden, waves(known), _VARIANTS, ("last_hidden_state",))
+    return zoo.PartProbe(module, _last_hidden, waves(known), outputs=("last_hidden_state",))
+
+
+class Classifier(nn.Module):
+    """From hidden states to logits of the whole recording, as transformers' *ForSequenceClassification has it.
+
+    `layers`: how many layers' hidden states are mixed first, [B, layers, frames, width]; 0: the last ones alone come
+    in, [B, frames, width].
+    """
+
+    def __init__(self, width: int, projected: int, classes: int, layers: int) -> None:
+        super().__init__()
+        self.projector = nn.Linear(width, projected)
+        self.classifier = nn.Linear(projected, classes)
+        if layers:
+            self.layer_weights = nn.Parameter(torch.ones(layers) / layers)
+        self.layers = layers
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.layers:
+            hidden_states = (hidden_states * self.layer_weights.softmax(-1)[:, None, None]).sum(1)
+        pooled: Tensor = self.classifier(self.projector(hidden_states).mean(1))
+        return pooled
 
 
 def head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
-    name = next((n for n in ("lm_head", "w2v_encoder.proj") if f"{n}.weight" in checkpoint), "lm_head")
-    if f"{name}.weight" not in checkpoint:
-        raise zoo.ZooError(f"{checkpoint.source} has no head for CTC", kind="weights")
-    rows, width = checkpoint[f"{name}.weight"].shape
-    module = zoo.unfilled(lambda: nn.Linear(width, rows))
-    zoo.fill(module, checkpoint, lambda leaf: f"{name}.{leaf}")
+    """From hidden states to the logits of CTC, one row a frame, or to those of classes, one row a recording."""
+    name = next((n for n in ("lm_head", "w2v_encoder.proj") if f"{n}.weight" in checkpoint), "")
+    layers = 0
+    if name:
+        rows, width = checkpoint[f"{name}.weight"].shape
+        module = zoo.unfilled(lambda: nn.Linear(width, rows))
+        zoo.fill(module, checkpoint, lambda leaf: f"{name}.{leaf}")
+    elif _PROJECTOR in checkpoint and "classifier.weight" in checkpoint:
+        projected, width = checkpoint[_PROJECTOR].shape
+        classes = checkpoint["classifier.weight"].shape[0]
+        layers = checkpoint[_MIXED].shape[0] if _MIXED in checkpoint else 0
+        module = zoo.unfilled(lambda: Classifier(width, projected, classes, layers))
+        zoo.fill(module, checkpoint)
+    else:
+        raise zoo.ZooError(
+            f"{checkpoint.source} has no head that is known here: one for CTC (lm_head), or one for classes of "
+            "recordings (projector and classifier)",
+            kind="weights",
+            hint="graft the part encoder; or graft with --static, which runs nothing",
+        )
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(seed)
-        return {"hidden_states": torch.randn(2, {"plain": 6, "shortest": 1}[variant], width, generator=draw)}
+        frames = {"plain": 6, "shortest": 1}[variant]
+        shape = (2, layers, frames, width) if layers else (2, frames, width)
+        return {"hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
     return zoo.PartProbe(module, lambda m, x: (m(x["hidden_states"]),), inputs, ("plain", "shortest"), ("logits",))
 
 
 def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
+    """From a waveform to the logits of CTC or of classes where there is such a head, else to the last hidden state."""
     at = Names(checkpoint)
     family, known = configured(checkpoint, config)
     spoken = at("lm_head.weight")
-    if spoken not in checkpoint:
+    if spoken in checkpoint:
+        known.vocab_size = checkpoint[spoken].shape[0]
+        kind = f"{family}ForCTC"
+    elif _PROJECTOR in checkpoint and "classifier.weight" in checkpoint:
+        known.classifier_proj_size = checkpoint[_PROJECTOR].shape[0]
+        if known.num_labels != checkpoint["classifier.weight"].shape[0]:
+            known.num_labels = checkpoint["classifier.weight"].shape[0]
+        known.use_weighted_layer_sum = _MIXED in checkpoint
+        kind = f"{family}ForSequenceClassification"
+    else:
         module = zoo.unfilled(lambda: _body(family, known))
         zoo.fill(module, checkpoint, at, spellings=_OLD, spare=at.training)
-        return zoo.PartProbe(module, _last_hidden, waves(known), _VARIANTS, ("last_hidden_state",))
-    known.vocab_size = checkpoint[spoken].shape[0]
-    module = zoo.unfilled(lambda: getattr(transformers, f"{family}ForCTC")(known))
+        return zoo.PartProbe(module, _last_hidden, waves(known), outputs=("last_hidden_state",))
+    module = zoo.unfilled(lambda: getattr(transformers, kind)(known))
     body = f"{module.base_model_prefix}."
     zoo.fill(module, checkpoint, lambda name: at(name.removeprefix(body)), spellings=_OLD, spare=at.training)
-    return zoo.PartProbe(module, lambda m, x: (m(**x).logits,), waves(known), _VARIANTS, ("logits",))
+    return zoo.PartProbe(module, lambda m, x: (m(**x).logits,), waves(known), outputs=("logits",))
 
 
 def _last_hidden(module: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -218,23 +276,38 @@ def _last_hidden(module: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 # ---------------------------------------------------------------------------------------------------- inputs
 
-# No mask: models with a group norm were trained without one, and silence is what ends a short recording.
-_VARIANTS = ("plain", "shortest", "longest")
+_NO_PADDING = ("plain", "shortest", "longest")
+Inputs = Callable[[int, str], dict[str, Tensor]]
 
 
-def waves(config: PretrainedConfig) -> Callable[[int, str], dict[str, Tensor]]:
-    """Waveforms [B, samples] of so many frames, with a sample that fills no frame.
+def waves(config: PretrainedConfig) -> Inputs:
+    """Waveforms [B, samples] of so many frames, with a sample that fills no frame, and the mask of their samples.
 
-    longest is long enough for every row of WavLM's table of distances.
+    padded: a recording that ends early is silent from there on, and masked, as the feature extractor pads it. Those of
+    models with a group norm give no mask (their training had none), so a target need not take one; one that takes it is
+    run with it. longest is long enough for every row of WavLM's table of distances.
     """
     longest = max(40, getattr(config, "max_bucket_distance", 0) + 2)
 
-    def inputs(seed: int, variant: str) -> dict[str, Tensor]:
-        batch, frames = {"plain": (2, 14), "shortest": (1, 2), "longest": (1, longest)}[variant]
+    def length(frames: int) -> int:
         samples = frames
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
+        return samples + 1
+
+    def inputs(seed: int, variant: str) -> dict[str, Tensor]:
+        shapes = {"plain": (2, 14), "padded": (2, 14), "shortest": (1, 2), "longest": (1, longest)}
+        batch, frames = shapes[variant]
         draw = torch.Generator().manual_seed(seed)
-        return {"input_values": torch.randn(batch, samples + 1, generator=draw)}
+        values = torch.randn(batch, length(frames), generator=draw)
+        mask = torch.ones(values.shape, dtype=torch.long)
+        if variant == "padded":
+            values[1:, length(9) :] = 0
+            mask[1:, length(9) :] = 0
+        return {"input_values": values, "attention_mask": mask}
 
     return inputs
+
+
+def _unmasked(inputs: Inputs) -> Inputs:
+    return lambda seed, variant: {"input_values": inputs(seed, variant)["input_values"]}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import surgery
 import zoo
 from tests import tiny_speech
-from tests.tiny_speech import LARGE, SHAPED, SPEECH, WAVLM, WHISPER
+from tests.tiny_speech import CLASSES, LARGE, SHAPED, SPEECH, WAVLM, WHISPER
 
 pytest.importorskip("transformers")
 
@@ -26,6 +26,9 @@ SPEAKERS = {
     "HubertForCTC": SPEECH | LARGE,
     "WavLMModel": SPEECH | WAVLM,
     "WavLMForCTC": SPEECH | WAVLM | LARGE,
+    "Wav2Vec2ForSequenceClassification": SPEECH | CLASSES,
+    "HubertForSequenceClassification": SPEECH | LARGE | CLASSES | {"use_weighted_layer_sum": True},
+    "WavLMForSequenceClassification": SPEECH | WAVLM | CLASSES | {"use_weighted_layer_sum": True},
 }
 
 
@@ -63,7 +66,7 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("spelling", tiny_speech.SPELLINGS)
 @pytest.mark.parametrize("name", SPEAKERS)
 def test_speech(name: str, spelling: str, tmp_path: Path) -> None:
-    family = family_of(name)
+    family, headed = family_of(name), "CTC" in name or "Classification" in name
     model = tiny_speech.save(tiny_speech.made(name, **SPEAKERS[name]), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     tensors = surgery.open(tiny_speech.SPELLINGS[spelling](load_file(tmp_path / "model.safetensors")))
@@ -78,12 +81,56 @@ def test_speech(name: str, spelling: str, tmp_path: Path) -> None:
             same(got, projected if family == "hubert" else projected[0])
         probe, answers = probe_of(family, None, tensors, config)
         for x, (got,) in answers.values():
-            same(got, model(**x).logits if "CTC" in name else body(**x).last_hidden_state)
-        assert probe.outputs == (("logits",) if "CTC" in name else ("last_hidden_state",))
+            same(got, model(**x).logits if headed else body(**x).last_hidden_state)
+        assert probe.outputs == (("logits",) if headed else ("last_hidden_state",))
         if "CTC" in name:
             _, answers = probe_of(family, "head", tensors, config)
             for x, (got,) in answers.values():
                 same(got, model.lm_head(x["hidden_states"]))
+
+
+@pytest.mark.parametrize("name", [name for name in SPEAKERS if "Classification" in name])
+def test_classes_of_recordings(name: str, tmp_path: Path) -> None:
+    """The head alone, given what the body says of a recording, answers as the whole model does."""
+    model = tiny_speech.save(tiny_speech.made(name, **SPEAKERS[name]), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = surgery.open(tmp_path / "model.safetensors")
+    probe, answers = probe_of(family_of(name), "head", tensors, config)
+    mixed = model.config.use_weighted_layer_sum
+    assert all(x["hidden_states"].dim() == (4 if mixed else 3) for x, _ in answers.values())
+    wave = torch.randn(2, 400, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        said = getattr(model, model.base_model_prefix)(wave, output_hidden_states=True)
+        hidden = torch.stack(said.hidden_states, 1) if mixed else said.last_hidden_state
+        same(probe.run(probe.reference, {"hidden_states": hidden})[0], model(wave).logits)
+
+
+def test_a_head_for_speakers_is_refused(tmp_path: Path) -> None:
+    """It has a projector and a classifier too, with convolutions and statistics between them."""
+    sizes = SPEECH | {"tdnn_dim": [8, 8, 12], "tdnn_kernel": [3, 3, 1], "tdnn_dilation": [1, 2, 1]}
+    model = tiny_speech.save(tiny_speech.made("Wav2Vec2ForXVector", **sizes, xvector_output_dim=8), tmp_path)
+    tensors = surgery.open(tmp_path / "model.safetensors")
+    for part in ("head", None):
+        with pytest.raises(zoo.ZooError, match="tdnn|feature_extractor.bias.*no place"):
+            probe_of("wav2vec2", part, tensors, model.config.to_dict())
+
+
+@pytest.mark.parametrize("sizes", [SPEECH, SPEECH | LARGE])
+def test_padding_is_silent_and_masked(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """With norms of layers, the recording that is padded computes in its own frames what it does alone."""
+    tiny_speech.save(tiny_speech.made("Wav2Vec2Model", **sizes), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    probe, answers = probe_of("wav2vec2", "encoder", surgery.open(tmp_path / "model.safetensors"), config)
+    x, (got,) = answers["padded"]
+    samples = int(x["attention_mask"][1].sum())
+    assert samples < x["input_values"].shape[1]
+    assert not x["input_values"][1, samples:].any()
+    with torch.no_grad():
+        alone = probe.reference(x["input_values"][1:, :samples]).last_hidden_state
+    if sizes.get("feat_extract_norm") == "layer":
+        same(got[1:, : alone.shape[1]], alone)
+    else:  # such a norm hears the silence: the reason why such models were trained without masks
+        assert (got[1:, : alone.shape[1]] - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
