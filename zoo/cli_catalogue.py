@@ -96,7 +96,7 @@ def show(out: Out, ref: str) -> None:
         "ref": str(chosen.reference),
         "source": where,
         "files": [str(path) for path in located.files] if located is not None else [],
-        "licence": chosen.entry.licence,
+        "licence": chosen.entry.licence_of(chosen.tag),
         **tree.totals(shown),
         "recognised": evidence,
         "parts": tree.as_dict(found),

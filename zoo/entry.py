@@ -39,7 +39,8 @@ class Source:
 
     `location` is a repository id (hub), "dist/path" (package), a path (file), or the library's own name (timm,
     open_clip). `files` names the weights first, then what belongs to them; empty means: find them, safetensors first.
-    `sha256` maps a file's name to the hash that is known for it; a file with other bytes is refused.
+    `sha256` maps a file's name to the hash that is known for it; a file with other bytes is refused. `licence` is that
+    of these files where it is not the entry's.
     """
 
     kind: SourceKind
@@ -47,6 +48,7 @@ class Source:
     revision: str | None = None
     files: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    licence: str = ""
 
     def __post_init__(self) -> None:
         _must(self.location, "a source needs a location")
@@ -124,6 +126,10 @@ class Entry:
         for part in self.parts:
             strange = set(part.tensors) - set(self.layouts or {"": ()})
             _must(not strange, f"entry {self.name}, part {part.name}: unknown layouts {sorted(strange)}")
+
+    def licence_of(self, tag: str) -> str:
+        """The licence of one tag's weights; the entry's own for a tag that it does not have."""
+        return next((source.licence for source in self.tags.get(tag, ()) if source.licence), self.licence)
 
     def part(self, name: str) -> Part:
         """The part of that name or alias, or an error that lists those there are."""

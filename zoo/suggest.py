@@ -83,7 +83,7 @@ def suggest(host: Host, modality: str, task: str | None = None, examples: int | 
             continue
         if tag and tag not in known[name].tags:
             continue
-        rows.append((row, known[name].licence))
+        rows.append((row, known[name].licence_of(tag or known[name].default_tag)))
     if examples is not None:
         rows.sort(key=lambda each: (each[0]["least"] > examples, abs(each[0]["least"] - examples)))
     found = [

@@ -114,6 +114,8 @@ ENTRIES = (
             "base-plus": "microsoft/wavlm-base-plus",
             "large": "microsoft/wavlm-large",
         },
+        # By the file that the cards link to; the repository of the code is under MIT, and which one holds for the
+        # weights was asked there without an answer (github.com/microsoft/unilm/issues/1757).
         "cc-by-sa-3.0",
     ),
 )

@@ -62,7 +62,7 @@ ENTRIES = (
     Entry(
         name="whisper",
         tags={
-            tag: (Source("hub", f"openai/whisper-{name}"),)
+            tag: (Source("hub", f"openai/whisper-{name}", licence="mit" if tag == "turbo" else ""),)
             for tag, name in {**dict(zip(_SIZES, _SIZES, strict=True)), **_LARGE}.items()
         },
         default_tag="base",

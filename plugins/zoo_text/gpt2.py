@@ -46,7 +46,7 @@ ENTRIES = (
             "medium": (Source("hub", "openai-community/gpt2-medium"),),
             "large": (Source("hub", "openai-community/gpt2-large"),),
             "xl": (Source("hub", "openai-community/gpt2-xl"),),
-            "distil": (Source("hub", "distilbert/distilgpt2"),),
+            "distil": (Source("hub", "distilbert/distilgpt2", licence="apache-2.0"),),
         },
         default_tag="small",
         modality="text",

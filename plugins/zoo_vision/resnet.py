@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo import Source
 from zoo_vision.family import TIMM, TORCHVISION, TRANSFORMERS, Family, both, hub
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -40,6 +41,12 @@ FAMILY = Family(
     },
 )
 
+# Weights that torchvision trained have its licence, as timm's registry states for each.
+_TORCHVISION_18, _TORCHVISION_50, _TORCHVISION_WIDE = (
+    (Source("hub", f"timm/{model}.tv_in1k", licence="bsd-3-clause"),)
+    for model in ("resnet18", "resnet50", "wide_resnet50_2")
+)
+
 ENTRIES = (
     FAMILY.entry(
         {
@@ -48,11 +55,11 @@ ENTRIES = (
             "50": hub("resnet50.a1_in1k"),
             "101": hub("resnet101.a1h_in1k"),
             "152": hub("resnet152.a1h_in1k"),
-            "18-torchvision": hub("resnet18.tv_in1k"),
-            "50-torchvision": hub("resnet50.tv_in1k"),
+            "18-torchvision": _TORCHVISION_18,
+            "50-torchvision": _TORCHVISION_50,
             "50d": hub("resnet50d.ra2_in1k"),
             "next50": hub("resnext50_32x4d.a1h_in1k"),
-            "wide50": hub("wide_resnet50_2.tv_in1k"),
+            "wide50": _TORCHVISION_WIDE,
         },
         "50",
         "apache-2.0",
