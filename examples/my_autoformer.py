@@ -1,8 +1,9 @@
 """An encoder that relates a series to itself at other times, as one writes it for oneself, and a small head.
 
-    zoo graft autoformer-encoder examples/my_autoformer.py --fit
+    zoo graft autoformer-encoder examples/my_autoformer.py
 
-It takes features, [B, T, F]: lagged values, time features and what is known of the series.
+The sizes are those of autoformer-tourism-monthly. It takes features, [B, T, F]: lagged values, time features and what
+is known of the series.
 """
 
 import math
@@ -58,7 +59,7 @@ class Layer(nn.Module):
 class MyAutoformer(nn.Module):
     def __init__(
         self,
-        feature_size: int = 23,
+        feature_size: int = 22,
         d_model: int = 64,
         encoder_layers: int = 4,
         encoder_ffn_dim: int = 32,

@@ -1,9 +1,9 @@
 """An encoder of series that halves its length layer by layer, as one writes it for oneself, and a small head.
 
-    zoo graft informer-encoder examples/my_informer.py --fit
+    zoo graft informer-encoder examples/my_informer.py
 
-It takes features, [B, T, F]: lagged values, time features and what is known of the series. It attends to all keys:
-where a series is short, an Informer's sparse attention does the same.
+The sizes are those of informer-tourism-monthly. It takes features, [B, T, F]: lagged values, time features and what is
+known of the series. It attends to all keys: where a series is short, an Informer's sparse attention does the same.
 """
 
 import math
@@ -49,8 +49,8 @@ class Halve(nn.Module):
 class MyInformer(nn.Module):
     def __init__(
         self,
-        feature_size: int = 23,
-        d_model: int = 64,
+        feature_size: int = 22,
+        d_model: int = 32,
         encoder_layers: int = 4,
         encoder_attention_heads: int = 2,
         encoder_ffn_dim: int = 32,
