@@ -161,3 +161,41 @@ def test_open_clip_knows_these_repositories() -> None:
     }
     assert len(ours) == 5
     assert ours <= known
+
+
+def _confirmed() -> dict[str, tuple[str, str]]:
+    """Of each repository in docs/reference/catalogue.md, the licence and what confirmed it."""
+    page = Path(__file__).parents[2] / "docs" / "reference" / "catalogue.md"
+    rows = re.findall(
+        r"^\| (\S+/\S+) \| ([^|]+) \| [^|]*\| ([^|]+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len({name for name, _, _ in rows}) == len(rows)
+    return {name: (licence, by) for name, licence, by in rows}
+
+
+def test_every_repository_has_its_sources_on_the_page() -> None:
+    ours = {
+        source.location: entry.licence_of(tag)
+        for entry in zoo.entries()
+        for tag, sources in entry.tags.items()
+        for source in sources
+        if source.kind == "hub" and entry.modality != "vision"
+    }
+    assert {name: licence for name, (licence, _) in _confirmed().items()} == ours
+
+
+def test_libraries_name_what_the_page_says_they_do() -> None:
+    import open_clip
+
+    if not transformers.__version__.startswith("5.24."):
+        pytest.skip("the page speaks of transformers 5.24")
+    texts = "\n".join(
+        path.read_text(encoding="utf-8")
+        for library in (transformers, open_clip)
+        for path in Path(library.__file__).parent.rglob("*.py")
+    )
+    for name, (_, by) in _confirmed().items():
+        if "library" in by:
+            found = re.search(re.escape(name) + r"(?![A-Za-z0-9_-]|\.[A-Za-z0-9])", texts)
+            # open_clip's table names some under the owner that it has in a constant of its own.
+            assert found or name.startswith(("laion/", "timm/")), name
