@@ -6,7 +6,7 @@ Both `zoo.graft` and the command line go through here; neither knows how a refer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -238,7 +238,16 @@ def attempts(
         if runnable is None:
             raise ZooError("--shrink runs the source, to see what shares a width, and --static runs nothing")
         own = (*own, narrower(source, runnable, grafted, arguments))
-    for change in changes(source, grafted, _seen(grafted, runnable, example, into), arguments, own):
+    ways: Iterable[Change] = changes(source, grafted, _seen(grafted, runnable, example, into), arguments, own)
+    if runnable is None:
+        try:
+            ways = list(ways)
+        except ZooError as error:  # nothing is to be run, so what would run it may be missing
+            if error.kind != "extra":
+                raise
+            ways = ()
+            passed.append(f"other sizes were not tried: {error}")
+    for change in ways:
         change = replace(change, notes=spoken)
         if runnable is None:
             yield Attempt(None, change=change, rules=(*change.rules, *own))
