@@ -13,35 +13,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo_clip import openclip
 from zoo_clip.preparing import Images, Texts
-from zoo_clip.transformed import ALIGN, CLIP, SIGLIP, Family
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from surgery import Checkpoint
+    from zoo_clip.transformed import Family
 
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 def clip(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
-    return _loaded(CLIP, checkpoint, config, folder)
+    return _loaded("CLIP", checkpoint, config, folder)
 
 
 def siglip(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
-    return _loaded(SIGLIP, checkpoint, config, folder)
+    return _loaded("SIGLIP", checkpoint, config, folder)
 
 
 def align(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
-    return _loaded(ALIGN, checkpoint, config, folder)
+    return _loaded("ALIGN", checkpoint, config, folder)
 
 
-def _loaded(family: Family, checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
+def _loaded(kind: str, checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
     if any(name.startswith("text_model.") for name in checkpoint):
+        from zoo_clip import transformed
+
+        family: Family = getattr(transformed, kind)
         model, settings = family.built(checkpoint, config)
         pair = Pair(family, Texts.beside(family.stem, settings, folder), Images.beside(family.stem, settings, folder))
     else:
+        from zoo_clip import openclip
+
         model, _ = openclip.built(checkpoint, config)
         pair = Pair(None, Texts.of_open_clip(model, config, folder), Images.of_open_clip(model, config))
     return zoo.Loaded(model, pair.preprocess, pair.forward, pair.describe)
@@ -97,7 +101,11 @@ class Pair:
         }
 
     def _answer(self, model: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return self.family.answer(model, x) if self.family is not None else openclip.answer(model, x)
+        if self.family is not None:
+            return self.family.answer(model, x)
+        from zoo_clip import openclip
+
+        return openclip.answer(model, x)
 
     def _image(self, model: Any, pixels: Tensor) -> Tensor:
         if self.family is None:
