@@ -21,11 +21,12 @@ from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError
 from surgery.expr import kind, names, substituted
 from surgery.plan import STALE, Plan
-from surgery.rules import Derivation, Rule, RuleError, Shrink
+from surgery.rules import Derivation, Reshape, Rule, RuleError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgery.body import Reshaped
     from surgery.expr import Expr
     from surgery.probe import Probe
     from surgery.proof import Proof
@@ -46,8 +47,8 @@ class Prepared:
         """RuleError where a rule does not fit the source."""
         given = rules_of.checked(rules)
         made = rules_of.derivation(base, given)
-        narrower = [rule for rule in given if isinstance(rule, Shrink)]
-        if not made.changes and not narrower:
+        reshapes = [rule for rule in given if isinstance(rule, Reshape)]
+        if not made.changes and not reshapes:
             return cls(base, base, probe, given, None)
         source = derive(base, made.rows)
         if probe is not None and made.selected:
@@ -56,8 +57,8 @@ class Prepared:
             for stack, keep in made.selected:
                 module = without_blocks(module, before, stack, keep)
             probe = replace(probe, reference=module)
-        for rule in narrower:
-            probe, made = shrunk(base, source, probe, made, rule)
+        for rule in reshapes:
+            probe, made = reshaped(source, probe, made, rule)
             source = derive(base, made.rows)
         return cls(base, source, probe, given, made)
 
@@ -92,6 +93,8 @@ class Prepared:
             if row.expr is not None and kind(row.expr, dtype_of) in ("approximate", "lossy")
         ]
         changed += [row.target for row in plan.rows if row.aside is not None]
+        adapted = self.made.adapted if self.made is not None else frozenset[str]()
+        changed += [row.target for row in self.inward(plan).rows if adapted.intersection(row.sources)]
         return replace(proof, adapted=tuple(dict.fromkeys((*proof.adapted, *changed))))
 
 
@@ -111,31 +114,51 @@ def _selects(rule: Rule) -> bool:
     return isinstance(rule, rules_of.SelectLayers)
 
 
-def shrunk(
-    base: Checkpoint, source: Checkpoint, probe: Probe | None, made: Derivation, rule: Shrink
-) -> tuple[Probe, Derivation]:
-    """The probe with a narrower reference, and what its tensors are made of; in the reference's own names.
+_RESHAPES = {
+    "clone_width": "surgery.widths:clone_width",
+    "insert_identity_blocks": "surgery.depth:insert_identity_blocks",
+    "mha_to_gqa": "surgery.grouped_heads:mha_to_gqa",
+    "prune_heads": "surgery.widths:prune_heads",
+    "shrink": "surgery.widths:shrink_width",
+    "widen": "surgery.widths:widen",
+}
 
-    RuleError without a probe, or where the reference's class does not take these widths."""
+
+def reshaped(source: Checkpoint, probe: Probe | None, made: Derivation, rule: Reshape) -> tuple[Probe, Derivation]:
+    """The probe with the reference that the rule makes, and what its tensors are made of; in the reference's own names.
+
+    RuleError without a probe, or where the reference's class does not take such a body."""
     from surgery.link import link
-    from surgery.widths import shrink_width
 
     if probe is None:
-        raise RuleError(f"{rule}: what shares a width is seen by running", hint="Give a probe; --static cannot do it.")
+        raise RuleError(f"{rule}: what it touches is seen by running", hint="Give a probe; --static cannot do it.")
     links = link(probe.reference, source)
-    found = shrink_width(probe.reference, probe, dict(rule.sizes))
+    found = _reshape(rule, probe)
     if found.module is None:
-        raise RuleError(f"{rule}: {'; '.join(found.notes) or 'the reference cannot be built so'}")
+        why = "; ".join(found.notes) or "the reference cannot be built so"
+        raise RuleError(f"{rule}: {why}", hint="The plan alone is made by the function of that name in surgery.")
     rows: dict[str, Expr] = {}
     for row in found.plan.rows:
         held = found.plan[row.tied_to] if row.tied_to is not None else row
         if held.expr is not None and all(name in links for name in names(held.expr)):
             rows[row.target] = substituted(substituted(held.expr, links), made.rows)
-    drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
     before = {group.name: group.size for group in found.groups}
-    said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes)
-    notes = (*made.notes, f"narrower, as asked for: {said}{drift}")
-    return replace(probe, reference=found.module), replace(made, rows=rows, notes=notes)
+    said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes) or str(rule)
+    drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
+    notes = (*made.notes, f"as asked for: {said}; {found.kind}{drift}")
+    changed = {name for name, expr in rows.items() if names(expr) and expr != made.rows.get(names(expr)[0])}
+    adapted = made.adapted | (changed if found.kind in ("approximate", "lossy") else set())
+    return replace(probe, reference=found.module), replace(made, rows=rows, notes=notes, adapted=adapted)
+
+
+def _reshape(rule: Reshape, probe: Probe) -> Reshaped:
+    import importlib
+
+    module, _, name = _RESHAPES[rule.word].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    where = [rule.where or dict(rule.sizes)] if rule.where or rule.sizes else []
+    found: Reshaped = function(probe.reference, probe, *where, **dict(rule.params))
+    return found
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------

@@ -84,13 +84,19 @@ class SelectLayers(Rule):
 
 
 @dataclass(frozen=True)
-class Shrink(Rule):
-    """Widths that are made narrower, by the names of their groups (surgery.coupled)."""
+class Reshape(Rule):
+    """A change of the body as a whole: of a width, of heads, of blocks. What shares it is found by running."""
 
-    sizes: tuple[tuple[str, int], ...]
+    word: str
+    where: str = ""  # a module of the reference, or the name of a group; empty where `sizes` name the groups
+    sizes: tuple[tuple[str, int], ...] = ()
+    params: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
-        return f"shrink({', '.join(f'{name}={size}' for name, size in self.sizes)})"
+        shown = [_text(self.where)] if self.where else []
+        shown += [f"{name}={size}" for name, size in self.sizes]
+        shown += [f"{name}={list(v) if isinstance(v, tuple) else ops.spell(v)}" for name, v in self.params]
+        return f"{self.word}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -163,15 +169,68 @@ def select_layers(keep: Sequence[int], *, stack: str = "") -> Rule:
 
 def shrink(**sizes: int) -> Rule:
     """Make the source narrower: `hidden`, `inner` (the neurons of every MLP) and `heads`, each to so many units, which
-    are chosen evenly; heads stay whole, so `heads` shrinks with `hidden` (Xu et al., arXiv 2311.18823). Everything that
-    shares a width is found from the dataflow of the reference, so a probe is needed.
+    are chosen evenly; heads stay whole, so `heads` shrinks with `hidden` (Xu et al., arXiv 2311.18823). Lossy.
+
+    Of this rule and those that follow: everything that shares a width is found from the dataflow of the reference, so
+    a probe is needed; when they preserve the function is said in surgery.shrink_width and the others.
 
     >>> print(shrink(hidden=192, inner=768, heads=6))
     shrink(hidden=192, inner=768, heads=6)
     """
+    return Reshape("shrink", "", _widths("shrink", sizes))
+
+
+def widen(*, seed: int = 0, uniform: bool = False, **sizes: int) -> Rule:
+    """Make the source wider: units are repeated at random, and what leaves them is divided by the number of replicas
+    (Chen et al., arXiv 1511.05641). See surgery.widen.
+
+    >>> print(widen(inner=1024))
+    widen(inner=1024, seed=0, uniform=0)
+    """
+    return Reshape("widen", "", _widths("widen", sizes), (("seed", seed), ("uniform", int(uniform))))
+
+
+def clone_width(*, times: int = 2) -> Rule:
+    """Make every width `times` as large, the function being kept, norms included (Samragh et al., arXiv 2409.12903).
+
+    >>> print(clone_width(times=2))
+    clone_width(times=2)
+    """
+    return Reshape("clone_width", params=(("times", times),))
+
+
+def prune_heads(where: str, *, heads: Sequence[int]) -> Rule:
+    """Take these heads away from the attention at `where`, a module of the reference (* stands for any text).
+
+    >>> print(prune_heads("encoder.layer.0", heads=[1, 3]))
+    prune_heads("encoder.layer.0", heads=[1, 3])
+    """
+    return Reshape("prune_heads", where, params=(("heads", tuple(heads)),))
+
+
+def mha_to_gqa(where: str, *, kv_heads: int) -> Rule:
+    """Share key and value heads between queries: each the mean of neighbouring ones (Ainslie et al., arXiv 2305.13245).
+
+    >>> print(mha_to_gqa("model.layers.*.self_attn", kv_heads=2))
+    mha_to_gqa("model.layers.*.self_attn", kv_heads=2)
+    """
+    return Reshape("mha_to_gqa", where, params=(("kv_heads", kv_heads),))
+
+
+def insert_identity_blocks(where: str, *, after: Sequence[int]) -> Rule:
+    """Behind each of these blocks of the list at `where`, a copy that passes on its input: its projections into the
+    residual stream are zero (Wu et al., arXiv 2401.02415). Pre-norm blocks only.
+
+    >>> print(insert_identity_blocks("h", after=[0, 1]))
+    insert_identity_blocks("h", after=[0, 1])
+    """
+    return Reshape("insert_identity_blocks", where, params=(("after", tuple(after)),))
+
+
+def _widths(word: str, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values()):
-        raise RuleError("shrink takes the new widths, as in shrink(hidden=192, inner=768, heads=6)")
-    return Shrink(tuple(sizes.items()))
+        raise RuleError(f"{word} takes the new widths by name, as in {word}(hidden=192, inner=768, heads=6)")
+    return tuple(sizes.items())
 
 
 def drop(pattern: str, *, why: str) -> Rule:
@@ -199,12 +258,11 @@ def _reason(rule: str, pattern: str, why: str) -> str:
 
 
 _WORDS: Mapping[str, Callable[..., Rule]] = {
-    "derive": derive,
-    "drop": drop,
-    "init": init,
-    "resize": resize,
-    "select_layers": select_layers,
-    "shrink": shrink,
+    each.__name__: each
+    for each in (
+        *(clone_width, derive, drop, init, insert_identity_blocks, mha_to_gqa, prune_heads, resize),
+        *(select_layers, shrink, widen),
+    )
 }
 
 
@@ -273,6 +331,7 @@ class Derivation:
     why: Mapping[str, str]
     selected: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (stack, the layers kept), in turn
     notes: tuple[str, ...] = ()
+    adapted: frozenset[str] = frozenset()  # tensors that a change of the body made, where it is not the same function
 
     @property
     def changes(self) -> bool:

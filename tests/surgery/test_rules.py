@@ -219,7 +219,7 @@ def test_a_narrower_model_holds_evenly_chosen_units_and_is_proven_as_such(tmp_pa
     old = bert.state_dict()["encoder.layer.0.intermediate.dense.weight"]
     inner = [round(i * 63 / 23) for i in range(24)]
     assert torch.equal(mine.state_dict()["blocks.0.ffn.0.weight"], old[inner][:, ::2])
-    assert any("narrower, as asked for" in note for note in report.plan.notes)
+    assert any("as asked for: hidden 32 -> 16" in note for note in report.plan.notes)
     report.plan.save(tmp_path / "plan.toml")
     loaded = surgery.Plan.load(tmp_path / "plan.toml")
     assert surgery.verify(bert.state_dict(), mine, loaded, probe=pairs.probe(bert, surface=True)).verdict == "adapted"
@@ -227,13 +227,50 @@ def test_a_narrower_model_holds_evenly_chosen_units_and_is_proven_as_such(tmp_pa
 
 def narrow_encoder() -> nn.Module:
     """Half as wide, with half the heads."""
+    return sized_encoder(16, 24, 2)
+
+
+def sized_encoder(width: int, inner: int, heads: int) -> nn.Module:
     kept = pairs.WIDTH, pairs.FFN
-    pairs.WIDTH, pairs.FFN = 16, 24
+    pairs.WIDTH, pairs.FFN = width, inner
     try:
         torch.manual_seed(9)
-        return pairs.Encoder(heads=2).eval()
+        return pairs.Encoder(heads=heads).eval()
     finally:
         pairs.WIDTH, pairs.FFN = kept
+
+
+@pytest.mark.parametrize(
+    ("rule", "sizes", "verdict"),
+    [
+        (rules.widen(inner=96), (32, 96, 4), "proven"),
+        (rules.clone_width(times=2), (64, 128, 8), "proven"),
+        (rules.widen(hidden=48, heads=6), (48, 64, 6), "adapted"),  # a norm reduces over it
+        (rules.widen(hidden=64, heads=8, uniform=True), (64, 64, 8), "proven"),
+    ],
+    ids=str,
+)
+def test_a_wider_body_is_the_same_function_where_no_norm_minds(
+    rule: rules.Rule, sizes: tuple[int, int, int], verdict: str
+) -> None:
+    bert, mine = deep_bert(2), sized_encoder(*sizes)
+    report = surgery.graft(bert.state_dict(), mine, probe=pairs.probe(bert, surface=True), rules=[rule])
+    assert report.verdict == verdict
+    (note,) = [note for note in report.plan.notes if note.startswith("as asked for")]
+    assert ("preserving" in note) == (verdict == "proven"), note
+    if verdict == "proven" and rule != rules.widen(inner=96):
+        return  # the hidden vectors are others, though the function of the whole is the same
+    if verdict == "proven":
+        ids, mask = pairs.inputs(3)
+        with torch.no_grad():
+            torch.testing.assert_close(mine.encode(ids, mask), pairs.run_bert(bert, (ids, mask)))  # type: ignore[operator]
+
+
+def test_blocks_that_pass_on_are_refused_behind_a_norm() -> None:
+    bert = deep_bert(2)
+    rule = rules.insert_identity_blocks("encoder.layer", after=[0])
+    with pytest.raises(surgery.SurgeryError):
+        surgery.plan(bert.state_dict(), encoder(3), probe=pairs.probe(bert, surface=True), rules=[rule])
 
 
 def test_a_width_that_is_not_there_and_heads_that_do_not_divide() -> None:
@@ -241,5 +278,5 @@ def test_a_width_that_is_not_there_and_heads_that_do_not_divide() -> None:
     probe = pairs.probe(bert, surface=True)
     with pytest.raises(surgery.SurgeryError, match="depth"):
         surgery.plan(bert.state_dict(), narrow_encoder(), probe=probe, rules=[rules.shrink(depth=1)])
-    with pytest.raises(surgery.SurgeryError, match="Give a probe|seen by running"):
+    with pytest.raises(surgery.SurgeryError, match="seen by running"):
         surgery.plan(bert.state_dict(), narrow_encoder(), rules=[rules.shrink(hidden=16)])

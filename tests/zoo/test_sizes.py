@@ -230,7 +230,7 @@ def test_rows_of_a_head_by_the_names_of_classes(tmp_path: Path) -> None:
     [
         (["--layers", "1"], ["depth=1"], "of the 2 blocks of encoder.layer those numbered 1 are kept"),
         (["--layers", "encoder.layer:0"], ["depth=1"], "those numbered 0 are kept"),
-        (["--shrink"], ["dim=8", "heads=2", "inner=12"], "narrower, as asked for: hidden 16 -> 8, heads 4 -> 2"),
+        (["--shrink"], ["dim=8", "heads=2", "inner=12"], "as asked for: hidden 16 -> 8, heads 4 -> 2"),
         (["--rules", "rules.txt"], [], "as asked for: trained anew"),
         (["--tokenizer", "vocab.txt"], ["vocab=4"], "vocabulary by token: 4 tokens: 3 copied"),
     ],
