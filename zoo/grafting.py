@@ -221,7 +221,7 @@ def attempts(
     target's, by whose tokens rows of the vocabulary are chosen. shrink: the source is made as narrow as the target.
     """
     from surgery.rules import checked
-    from zoo.adapting import by_token, changes, derived, narrower, of_plan, remade
+    from zoo.adapting import by_token, changes, derived, making, narrower, of_plan, remade
 
     grafted = submodule(model, into) if into else model
     own, said = checked(rules), ""
@@ -265,8 +265,9 @@ def attempts(
     if runnable is None:
         yield Attempt(None, (*spoken, *passed), rules=own)
         return
-    runnable = derived(source, own).reference()  # holds what the rules make, where they make anything
-    assert runnable is not None
+    if making(own):
+        runnable = derived(source, own).reference()
+        assert runnable is not None
     probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
     yield Attempt(probe, (*spoken, *notes, *passed), None, runnable, own)
 
