@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgery import dtypes
 from surgery.expr import Expr, Name, call
+from surgery.expr import names as names_of
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -92,17 +93,21 @@ class _Index:
     def find(self, name: str, t: Tensor) -> Expr | None:
         if t.is_meta or t.numel() == 0:
             return None
+        return self._whole(name, t) or self._rows_of(name, t) or self._joined(name, t)
+
+    def _whole(self, name: str, t: Tensor, without: Iterable[str] = ()) -> Expr | None:
+        """t as all of one tensor, its elements perhaps in another order of axes."""
         size, a, b = _sums(t)
         near = [
             n
             for n, x, y in self.by_size.get(size, ())
-            if abs(x - a) <= 1e-2 * (b * size) ** 0.5 + 1e-6 and _close(y, b)
+            if n not in without and abs(x - a) <= 1e-2 * (b * size) ** 0.5 + 1e-6 and _close(y, b)
         ]
         for n in sorted(near, key=lambda n: -likeness(n, name)):
             expr = self._same_elements(n, t)
             if expr is not None:
                 return expr
-        return self._rows_of(name, t) or self._joined(name, t)
+        return None
 
     def _same_elements(self, n: str, t: Tensor) -> Expr | None:
         s = self.tensors[n]
@@ -134,23 +139,40 @@ class _Index:
                 return call("slice", n, axis=0, start=at, stop=at + len(t))
         return None
 
+    def _next(self, name: str, t: Tensor, used: Iterable[str]) -> Expr | None:
+        """A tensor that is the first rows of t, in another shape or order of axes."""
+        row = t[0].numel()
+        for size in sorted(self.by_size):
+            if size % row == 0 and 0 < size <= t.numel():
+                found = self._whole(name, t[: size // row], used)
+                if found is not None:
+                    return found
+        return None
+
     def _joined(self, name: str, t: Tensor) -> Expr | None:
         """t as several tensors one after another along its first axis (or stacked along a new one)."""
         if t.ndim == 0:
             return None
-        parts: list[str] = []
+        parts: list[Expr] = []
+        used: list[str] = []
         at = 0
         pool: Iterable[str] = [n for n, s in self.tensors.items() if s.ndim == t.ndim and s.shape[1:] == t.shape[1:]]
         pool = sorted(pool, key=lambda n: -likeness(n, name))
         while at < len(t):
             for n in pool:
                 s = self.tensors[n]
-                if n not in parts and 0 < len(s) <= len(t) - at and _equal(s, t[at : at + len(s)]):
-                    parts.append(n)
+                if n not in used and 0 < len(s) <= len(t) - at and _equal(s, t[at : at + len(s)]):
+                    parts.append(Name(n))
+                    used.append(n)
                     at += len(s)
                     break
             else:
-                break
+                moved = self._next(name, t[at:], used)
+                if moved is None:
+                    break
+                parts.append(moved)
+                used += names_of(moved)
+                at += sum(self.tensors[n].numel() for n in names_of(moved)) // (t.numel() // len(t))
         if at == len(t) and len(parts) > 1:
             return call("cat", *parts, axis=0)
         stack = [n for n, s in self.tensors.items() if tuple(s.shape) == tuple(t.shape[1:])]

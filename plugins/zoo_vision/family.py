@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surgery import Checkpoint
 
 TIMM, TORCHVISION, TRANSFORMERS = "timm", "torchvision", "transformers"
+JAX = "jax"  # the files that Google published, arrays by the names of its own programs
 
 # What each piece answers with: embedded patches; features (tokens or a map of them); logits.
 OUTPUTS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zoo
 from zoo_vision.catalogue import FAMILIES
 from zoo_vision.naming import recognise
-from zoo_vision.running import fill
+from zoo_vision.running import fill, filled
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
@@ -26,7 +26,7 @@ _CLASSIC = {"input_size": (3, 224, 224), "interpolation": "bilinear", "mean": _M
 
 def load(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
     """By the library that config.json belongs to; without one, by names and shapes."""
-    if isinstance(config.get("architecture"), str):
+    if isinstance(config.get("architecture"), str) and not any("/" in name for name in checkpoint):
         from zoo_vision import of_timm
 
         made = of_timm.configured(config)
@@ -45,17 +45,17 @@ def _unlabelled(checkpoint: Checkpoint) -> zoo.Loaded:
     if family is None:
         raise zoo.ZooError(f"{checkpoint.source}: of no family of vision models by its names", kind="weights")
     made, _ = unlabelled(family, "whole", checkpoint)
-    model = zoo.unfilled(made.build)
-    fill(model, checkpoint, made.at)
+    model = filled(made, checkpoint)
     own = getattr(model, "pretrained_cfg", None)  # timm's say how they are fed; torchvision's are all fed alike
-    return _classifier(model, _transform(model, {} if own else _CLASSIC), _labels({}, made.classes), made.classes)
+    shown = _transform(model, {} if own else _CLASSIC, made.sizes[0] if own and len(made.sizes) == 1 else 0)
+    return _classifier(model, shown, _labels({}, made.classes), made.classes)
 
 
-def _transform(model: nn.Module, given: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """Resizing, cropping and normalising as the model's configuration has it."""
+def _transform(model: nn.Module, given: Mapping[str, Any], side: int = 0) -> Callable[[Image.Image], Tensor]:
+    """Resizing, cropping and normalising as the model's configuration has it; `side`: to that size instead."""
     from timm.data import create_transform, resolve_data_config
 
-    settings = given or resolve_data_config({}, model=model)
+    settings = given or resolve_data_config({"input_size": (3, side, side)} if side else {}, model=model)
     made: Callable[[Image.Image], Tensor] = create_transform(**settings, is_training=False)
     return made
 

@@ -1,8 +1,8 @@
 """How a vision model is run as a reference: in the library that its names and its configuration belong to.
 
 A model is built without values, cut down to the piece that was asked for, and filled tensor by tensor (zoo.fill).
-Which model it is, config.json says: timm's has an architecture, that of transformers a model_type. Without one, each
-architecture that the family knows is built without storage and compared by all names and shapes; only if exactly one
+Which model it is, config.json says: timm's has an architecture, that of transformers a model_type. Google's own files
+say it by their shapes. Without either, each architecture that the family knows is built without storage and compared by all names and shapes; only if exactly one
 function fits is it run.
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo_vision import of_timm, of_torchvision
+from zoo_vision import of_google, of_timm, of_torchvision
 from zoo_vision.family import TIMM, TORCHVISION, Family
-from zoo_vision.running import Built, fill, hidden_inputs, pixel_inputs
+from zoo_vision.running import Built, filled, hidden_inputs, pixel_inputs
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
@@ -27,7 +27,7 @@ _VARIANTS = ("plain", "shortest", "longest")
 
 def probe_of(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
     """The reference for a part of a family's model; "whole" for all of it."""
-    if isinstance(config.get("architecture"), str):
+    if isinstance(config.get("architecture"), str) and not of_google.names(checkpoint):
         return _cut(of_timm.configured(config), family.pieces[TIMM], part, checkpoint)
     if isinstance(config.get("model_type"), str):
         from zoo_vision import of_transformers
@@ -42,8 +42,7 @@ def any_of_timm(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartPr
 
 
 def _cut(made: Built, pieces: Mapping[str, tuple[str, ...]], part: str, checkpoint: Checkpoint) -> zoo.PartProbe:
-    model = zoo.unfilled(lambda: _piece(made, pieces, part))
-    fill(model, checkpoint, made.at)
+    model = filled(made, checkpoint, lambda: _piece(made, pieces, part))
     pixels = pixel_inputs(made.sizes, made.channels)
     if part == "whole":
         if not made.classes:
@@ -100,6 +99,8 @@ def _keep(model: nn.Module, at: str, kept: Sequence[str]) -> None:
 
 def unlabelled(family: Family, part: str, checkpoint: Checkpoint) -> tuple[Built, Mapping[str, tuple[str, ...]]]:
     """By names and shapes alone. torchvision comes first: its checkpoints are the ones without a configuration."""
+    if of_google.names(checkpoint):
+        return of_google.made(checkpoint, part), family.pieces[TIMM]
     tried = {TORCHVISION: of_torchvision.candidates, TIMM: of_timm.candidates}
     if family.name == "efficientnet":
         from zoo_vision.efficientnet import EFFICIENTNET_PYTORCH

@@ -26,7 +26,8 @@ class Built:
     """A model that may be cut and run: `build` makes it anew, with its head for that many classes.
 
     `at` turns a name of the model into the checkpoint's. `sizes` are the sides of the images it takes, least first;
-    one where it takes no other. `bare` is one that was built without storage, where that was done already.
+    one where it takes no other. `bare` is one that was built without storage, where that was done already. `loads`: it
+    comes with the checkpoint's values, which its library's own loader read.
     """
 
     build: Callable[[], nn.Module]
@@ -37,6 +38,23 @@ class Built:
     at: Callable[[str], str] = str
     classes: int = 0
     bare: nn.Module | None = None
+    loads: bool = False
+
+
+def filled(made: Built, checkpoint: Checkpoint, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The model with the checkpoint's values; `build` makes a piece of it instead."""
+    model = zoo.unfilled(build or made.build)
+    if made.loads:
+        _plain_attention(model)
+        return model.requires_grad_(False)
+    fill(model, checkpoint, made.at)
+    return model
+
+
+def _plain_attention(module: nn.Module) -> None:
+    for child in module.modules():
+        if hasattr(child, "fused_attn"):
+            child.fused_attn = False
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = str) -> None:
@@ -45,9 +63,8 @@ def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = s
     A count of batches that the file does not have is let go: it has no part in what a model computes, and files of
     before 2018 lack it.
     """
+    _plain_attention(module)
     for name, child in module.named_modules():
-        if hasattr(child, "fused_attn"):
-            child.fused_attn = False
         path = f"{name}.num_batches_tracked" if name else "num_batches_tracked"
         if isinstance(child, _NormBase) and at(path) not in checkpoint:
             child.num_batches_tracked = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo_vision.family import TIMM, TORCHVISION, TRANSFORMERS, Family, both, hub
+from zoo_vision.family import JAX, TIMM, TORCHVISION, TRANSFORMERS, Family, both, hub
 
 # Pieces of every plain transformer of timm. What stands before the blocks is embedded already.
 TIMM_PATCH = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre")
@@ -24,7 +24,7 @@ FAMILY = Family(
             "*encoder.layer.0.layernorm_before.weight",
         ),
         # Google's own files, by which the model was first published.
-        "jax": ("embedding/kernel", "Transformer/encoderblock_0/*"),
+        JAX: ("embedding/kernel", "Transformer/encoderblock_0/*"),
     },
     pieces={
         TIMM: TIMM_PIECES,
@@ -38,7 +38,7 @@ FAMILY = Family(
             "encoder": both("vit", "embeddings", "encoder", "layernorm"),
             "head": ("classifier",),
         },
-        "jax": {
+        JAX: {
             "patch": ("embedding/*", "cls", "Transformer/posembed_input/*"),
             "encoder": ("embedding/*", "cls", "Transformer/*"),
             "head": ("head/*", "pre_logits/*"),
@@ -60,6 +60,7 @@ FAMILY = Family(
         "norm_pre.weight",
         "dist_token",
         "*distillation_token",
+        "conv_root/kernel",  # Google's hybrids, whose patches are cut from a ResNet's features
     ),
 )
 
