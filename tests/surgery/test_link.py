@@ -63,6 +63,12 @@ a, b, c = rand(4, 6), rand(4, 6) + 1, rand(4, 6) - 1
         pytest.param({"w": b}, {"qkv": torch.cat([a, b, c])}, "slice(qkv, axis=0, start=4, stop=8)", id="split"),
         pytest.param({"w": torch.cat([c, a])}, {"x": a, "y": b, "z": c}, "cat(z, x, axis=0)", id="joined"),
         pytest.param(
+            {"w": torch.cat([c.t(), a.t()])},
+            {"x": a, "y": b, "z": c.reshape(4, 2, 3)},
+            "cat(reshape(permute(z, dims=(1, 2, 0)), shape=(6, 4)), transpose(x), axis=0)",
+            id="joined, each moved",
+        ),
+        pytest.param(
             {"w": torch.stack([b, a])},
             {"x": a, "y": b},
             "cat(reshape(y, shape=(1, 4, 6)), reshape(x, shape=(1, 4, 6)), axis=0)",
