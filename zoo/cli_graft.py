@@ -179,8 +179,11 @@ def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) 
     from zoo.grafting import outputs_left, with_outputs
 
     last: surgery.PlanError | None = None
+    first: Proof | None = None
     for way in job.ways():
         assert way.probe is not None
+        if way.narrowed and way.narrowed not in plan.notes:
+            continue  # the plan was proven for more than that
         held = job.source.checkpoint
         run = partial(surgery.verify, held, job.target.model, plan, passes=passes, rules=way.rules, into=into)
         try:
@@ -189,7 +192,12 @@ def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) 
             last = error
             continue
         kept, _ = outputs_left(way.change.source.checkpoint if way.change else held, way.probe, plan, proof)
-        return run(probe=with_outputs(way.probe, kept)) if kept else proof
+        proof = run(probe=with_outputs(way.probe, kept)) if kept else proof
+        if proof.verdict in ("proven", "adapted"):
+            return proof
+        first = first or proof
+    if first is not None:
+        return first
     assert last is not None  # there always is a way
     raise last
 

@@ -190,6 +190,8 @@ class PartProbe:
     """How to run a part: what a probe's import string gives.
 
     `inputs(seed, variant)` are keyed by the field's standard names: input_ids, attention_mask, pixel_values ...
+    `narrower`: probes of the same reference that answer for a piece of these outputs, as for the class's token of all
+    tokens. They are tried in turn where a target does not show all; the report says which one it was.
     """
 
     reference: nn.Module
@@ -197,6 +199,7 @@ class PartProbe:
     inputs: Callable[[int, str], dict[str, Tensor]]
     variants: tuple[str, ...] = ("plain", "padded", "shortest", "longest")
     outputs: tuple[str, ...] = ()
+    narrower: tuple[PartProbe, ...] = ()
 
 
 @dataclass(frozen=True)

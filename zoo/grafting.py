@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zoo.sources import Located
 
 _ALL = "the whole model"
+_NEAR = 1e-3  # relative: a difference that has a cause of its own, and is no other value
 
 
 @dataclass
@@ -198,6 +199,7 @@ class Attempt:
     change: Change | None = None
     runnable: PartProbe | None = None  # what the probe runs
     rules: tuple[Rule, ...] = ()
+    narrowed: str = ""  # what is to be said where the probe answers for a piece of what the part's own answers for
 
 
 def attempts(
@@ -215,7 +217,8 @@ def attempts(
     shrink: bool = False,
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
-    first. A way whose reference cannot be built, or whose inputs the target does not take, is passed over and said.
+    first, and last those that answer for a piece of the outputs. A way whose reference cannot be built, or whose inputs
+    the target does not take, is passed over and said.
 
     arguments: those that the target was made with. plan: one that is given; what it resized, is. tokenizer: the
     target's, by whose tokens rows of the vocabulary are chosen. shrink: the source is made as narrow as the target.
@@ -234,6 +237,7 @@ def attempts(
     spoken = (f"vocabulary by token: {said}",) if said else ()
     runnable = None if static else source.reference()
     passed: list[str] = []
+    wide: list[Attempt] = []
     if shrink:
         if runnable is None:
             raise ZooError("--shrink runs the source, to see what shares a width, and --static runs nothing")
@@ -261,7 +265,8 @@ def attempts(
                 raise
             passed.append(f"not possible as {change}: {error}")
             continue
-        yield Attempt(probe, notes, change, resized, (*change.rules, *own))
+        wide.append(Attempt(probe, notes, change, resized, (*change.rules, *own)))
+        yield wide[-1]
     if runnable is None:
         yield Attempt(None, (*spoken, *passed), rules=own)
         return
@@ -269,7 +274,18 @@ def attempts(
         runnable = derived(source, own).reference()
         assert runnable is not None
     probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
-    yield Attempt(probe, (*spoken, *notes, *passed), None, runnable, own)
+    wide.append(Attempt(probe, (*spoken, *notes, *passed), None, runnable, own))
+    yield wide[-1]
+    for way in wide:
+        assert way.runnable is not None  # a way that runs something
+        for less in way.runnable.narrower:
+            probe, _ = probe_for(less, model, example=example, into=into, where=where)
+            said = f"answered for {', '.join(less.outputs)} only: the target does not show {_words(way.runnable)}"
+            yield replace(way, probe=probe, narrowed=said)
+
+
+def _words(part: PartProbe) -> str:
+    return ", ".join(part.outputs) or "all that the part answers for"
 
 
 def _seen(grafted: nn.Module, runnable: PartProbe | None, example: Any, into: str) -> dict[str, tuple[int, ...]]:
@@ -358,6 +374,8 @@ def operate(
     except surgery.GraftError as error:
         report = _on_the_rest(source, model, attempt, error, into, require)
     report = _costed(source, attempt, report)
+    if attempt.narrowed:
+        report = replace(report, plan=replace(report.plan, notes=(*report.plan.notes, attempt.narrowed)))
     return replace(report, plan=source.stamped(report.plan))
 
 
@@ -503,6 +521,14 @@ def graft(
     return report
 
 
+def _nearly(report: surgery.Report) -> bool:
+    """Whether all outputs occur in the target but for a small difference, such as another epsilon makes."""
+    if report.proof is None or not report.proof.passes:
+        return False
+    residuals = report.proof.passes[0].residuals
+    return bool(residuals) and all(residual < _NEAR for residual in residuals.values())
+
+
 def best_of(
     ways: Iterator[Attempt], run: Callable[[Attempt], surgery.Report], needed: surgery.Verdict
 ) -> tuple[surgery.Report, Attempt]:
@@ -514,6 +540,8 @@ def best_of(
     last: Exception | None = None
     try:
         for way in ways:
+            if way.narrowed and best is not None and _nearly(best[0]):
+                break  # it shows all, and that is not right: a piece of it would be no answer
             try:
                 report = run(way)
             except surgery.PlanError as error:  # a plan that was made in other sizes
@@ -525,7 +553,7 @@ def best_of(
                 continue
             if report.verdict.rank >= needed.rank:
                 return report, way
-            if best is None or report.verdict.rank > best[0].verdict.rank:
+            if best is None or (report.verdict.rank, _nearly(report)) > (best[0].verdict.rank, _nearly(best[0])):
                 best = report, way
     except ZooError:  # the last way, that of the source's own sizes, cannot be run: what a size gave says more
         if best is None:

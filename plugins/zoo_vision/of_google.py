@@ -37,14 +37,13 @@ def made(checkpoint: Checkpoint, part: str) -> Built:
     whole = surgery.open(path)
     arguments = _arguments(whole)
     if any(name.startswith("pre_logits/") for name in whole):
-        if part not in ("head", "whole"):
-            arguments["num_classes"] = 0
-        else:
+        if part in ("head", "whole"):
             raise zoo.ZooError(
-                f"{checkpoint.source}: its head stands on a further layer (pre_logits), which timm's model does not have",
+                f"{checkpoint.source}: its head stands on a further layer (pre_logits), which timm's model has not",
                 kind="weights",
                 hint="graft its part encoder, as in file:NAME.npz#encoder; or with --static, which runs nothing",
             )
+        arguments["num_classes"] = 0
 
     def build() -> nn.Module:
         # Any architecture of this form; its sizes are replaced, and how it is shown pictures is the files' own.
@@ -53,7 +52,8 @@ def made(checkpoint: Checkpoint, part: str) -> Built:
             model.load_pretrained(str(path))
         return model
 
-    return Built(build, _features, _head, (arguments["img_size"],), 3, classes=arguments["num_classes"], loads=True)
+    side, classes = arguments["img_size"], arguments["num_classes"]
+    return Built(build, _features, _head, (side,), 3, classes=classes, loads=True, tokens=("class_token",))
 
 
 def _file(checkpoint: Checkpoint) -> Path:

@@ -67,7 +67,15 @@ def _built(architecture: str, kept: Mapping[str, Any], at: Callable[[str], str] 
         at,
         int(getattr(model, "num_classes", 0)),
         model,
+        tokens=tokens(model),
     )
+
+
+def tokens(model: Any) -> tuple[str, ...]:
+    """What stands before the patches in the features of such a model. Registers mean nothing by themselves."""
+    if getattr(model, "cls_token", None) is None or getattr(model, "norm", None) is None:
+        return ()
+    return ("class_token", "distillation_token") if getattr(model, "dist_token", None) is not None else ("class_token",)
 
 
 def _fixed(model: Any, known: Mapping[str, Any]) -> int:

@@ -81,7 +81,10 @@ def _transformer(checkpoint: Checkpoint) -> Iterator[tuple[str, Built]]:
         )
         return model
 
-    yield "VisionTransformer", Built(build, _tokens, _first_token, (side * patch,), 3, classes=classes)
+    yield (
+        "VisionTransformer",
+        Built(build, _tokens, _first_token, (side * patch,), 3, classes=classes, tokens=("class_token",)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- running

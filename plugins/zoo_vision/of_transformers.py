@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo_vision.family import TRANSFORMERS, Family
-from zoo_vision.running import SIZES, fill, pixel_inputs
+from zoo_vision.running import SIZES, fill, first_tokens, pixel_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _VARIANTS = ("plain", "shortest", "longest")
 _ANY_SIZE = ("resnet", "convnext", "convnextv2")
 _POOLERS = ("vit", "deit", "swin")  # their classes take add_pooling_layer
+_TOKENS = {"vit": ("class_token",), "deit": ("class_token", "distillation_token"), "dinov2": ("class_token",)}
 
 # Names of a running model -> those of published files. transformers renames on load and on save; an older one does not.
 _RENAMED: Mapping[str, str] = {
@@ -89,7 +90,8 @@ def probe(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str
     if not hasattr(model, "layernorm") or f"{prefix}layernorm.weight" not in checkpoint:
         model.layernorm = nn.Identity()  # behind the pooling, and so the head's
     filled(model, checkpoint, prefix)
-    return zoo.PartProbe(model, _last, pixels, _VARIANTS, ("last_hidden_state",))
+    probe = zoo.PartProbe(model, _last, pixels, _VARIANTS, ("last_hidden_state",))
+    return first_tokens(probe, _TOKENS.get(kind, ()))
 
 
 def filled(module: nn.Module, checkpoint: Checkpoint, prefix: str = "") -> None:

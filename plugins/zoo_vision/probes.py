@@ -2,8 +2,8 @@
 
 A model is built without values, cut down to the piece that was asked for, and filled tensor by tensor (zoo.fill).
 Which model it is, config.json says: timm's has an architecture, that of transformers a model_type. Google's own files
-say it by their shapes. Without either, each architecture that the family knows is built without storage and compared by all names and shapes; only if exactly one
-function fits is it run.
+say it by their shapes. Without either, each architecture that the family knows is built without storage and compared
+by all names and shapes; only if exactly one function fits is it run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import zoo
 from zoo_vision import of_google, of_timm, of_torchvision
 from zoo_vision.family import TIMM, TORCHVISION, Family
-from zoo_vision.running import Built, filled, hidden_inputs, pixel_inputs
+from zoo_vision.running import Built, filled, first_tokens, hidden_inputs, pixel_inputs
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
@@ -61,7 +61,8 @@ def _cut(made: Built, pieces: Mapping[str, tuple[str, ...]], part: str, checkpoi
             model, lambda m, x: (made.head(m, x["hidden_states"]),), inputs, ("plain", "shortest"), ("logits",)
         )
     name = "embeddings" if part in ("patch", "stem") else "last_hidden_state"
-    return zoo.PartProbe(model, lambda m, x: (made.features(m, x["pixel_values"]),), pixels, _VARIANTS, (name,))
+    probe = zoo.PartProbe(model, lambda m, x: (made.features(m, x["pixel_values"]),), pixels, _VARIANTS, (name,))
+    return first_tokens(probe, made.tokens) if name == "last_hidden_state" else probe
 
 
 def _shape(made: Built) -> tuple[int, ...]:

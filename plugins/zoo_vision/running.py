@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class Built:
 
     `at` turns a name of the model into the checkpoint's. `sizes` are the sides of the images it takes, least first;
     one where it takes no other. `bare` is one that was built without storage, where that was done already. `loads`: it
-    comes with the checkpoint's values, which its library's own loader read.
+    comes with the checkpoint's values, which its library's own loader read. `tokens`: what stands before the patches'
+    tokens in its features, as in ("class_token",).
     """
 
     build: Callable[[], nn.Module]
@@ -39,6 +40,7 @@ class Built:
     classes: int = 0
     bare: nn.Module | None = None
     loads: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 def filled(made: Built, checkpoint: Checkpoint, build: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -52,9 +54,10 @@ def filled(made: Built, checkpoint: Checkpoint, build: Callable[[], nn.Module] |
 
 
 def _plain_attention(module: nn.Module) -> None:
-    for child in module.modules():
-        if hasattr(child, "fused_attn"):
-            child.fused_attn = False
+    each: Any
+    for each in module.modules():
+        if hasattr(each, "fused_attn"):
+            each.fused_attn = False
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = str) -> None:
@@ -69,6 +72,21 @@ def fill(module: nn.Module, checkpoint: Checkpoint, at: Callable[[str], str] = s
         if isinstance(child, _NormBase) and at(path) not in checkpoint:
             child.num_batches_tracked = None
     zoo.fill(module, checkpoint, at)
+
+
+def first_tokens(probe: zoo.PartProbe, names: Sequence[str]) -> zoo.PartProbe:
+    """The probe of features [B, N, C], with the narrower ones that answer for the first tokens, each [B, C]: all that
+    have a name, and the first alone. Many a model normalises no other token after its last block."""
+    run = probe.run
+
+    def less(count: int) -> zoo.PartProbe:
+        def piece(module: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            (features,) = run(module, x)
+            return tuple(features[:, i] for i in range(count))
+
+        return replace(probe, run=piece, outputs=tuple(names[:count]))
+
+    return replace(probe, narrower=tuple(less(count) for count in sorted({len(names), 1}, reverse=True) if names))
 
 
 def pixel_inputs(sizes: tuple[int, ...], channels: int) -> Inputs:
