@@ -103,6 +103,11 @@ ENTRIES = (
 
 
 def _probe(family: str, part: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    from zoo_timeseries import lagged_forecasters
+
+    if lagged_forecasters.named(checkpoint):
+        made: PartProbe = getattr(lagged_forecasters.FAMILIES[family], part)(checkpoint, config)
+        return made
     from zoo_timeseries import lagged_probes
 
     probe: PartProbe = getattr(lagged_probes.FAMILIES[family], part)(checkpoint, config)

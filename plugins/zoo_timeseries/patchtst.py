@@ -40,7 +40,7 @@ PARTS = (
         {
             "prediction": ("model.encoder.*",),
             "model": ("encoder.*",),
-            "neuralforecast": (f"{_NF}W_P.*", f"{_NF}W_pos", f"{_NF}encoder.*"),
+            "neuralforecast": (f"{_NF}W_P.*", f"{_NF}W_pos", f"{_NF}encoder.*", "model.revin_layer.*"),
             "time-series-library": ("patch_embedding.*", "encoder.*"),
         },
         probe="zoo_timeseries.patchtst:encoder_probe",
@@ -78,29 +78,40 @@ ENTRIES = (
 )
 
 
+def _probe(part: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
+    from zoo_timeseries import patchtst_forecasters as others
+
+    if others.forecasters(checkpoint):
+        made: PartProbe = getattr(others, part)(checkpoint, config)
+    elif others.librarys(checkpoint, config):
+        made = (
+            others.head(checkpoint, config)
+            if part == "head"
+            else getattr(others, f"library_{part}")(checkpoint, config)
+        )
+    else:
+        from zoo_timeseries import patchtst_probes
+
+        made = getattr(patchtst_probes, part)(checkpoint, config)
+    return made
+
+
 def embedding_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From patches [B, channels, patches, patch_length] to their embeddings with positions."""
-    from zoo_timeseries import patchtst_probes
-
-    return patchtst_probes.embedding(checkpoint, config)
+    return _probe("embedding", checkpoint, config)
 
 
 def encoder_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From past values [B, context, channels] to hidden states [B, channels, patches, width]."""
-    from zoo_timeseries import patchtst_probes
-
-    return patchtst_probes.encoder(checkpoint, config)
+    return _probe("encoder", checkpoint, config)
 
 
 def head_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
-    """From hidden states to the forecast of the scaled series [B, horizon, channels]."""
-    from zoo_timeseries import patchtst_probes
-
-    return patchtst_probes.head(checkpoint, config)
+    """From hidden states to the forecast of the scaled series, [B, horizon, channels]; in the layouts of neuralforecast
+    and Time-Series-Library [B, channels, horizon]."""
+    return _probe("head", checkpoint, config)
 
 
 def whole_probe(checkpoint: Checkpoint, config: Mapping[str, Any]) -> PartProbe:
     """From past values to hidden states and the forecast."""
-    from zoo_timeseries import patchtst_probes
-
-    return patchtst_probes.whole(checkpoint, config)
+    return _probe("whole", checkpoint, config)
