@@ -1,4 +1,8 @@
-"""Time-series models in transformers, ready to forecast: an array, or a .csv or .npy file with one column a channel."""
+"""Time-series models, ready to forecast: an array, or a .csv or .npy file with one column a channel.
+
+Those of transformers are run by it, and neuralforecast's own by that. What Time-Series-Library saved is not loaded: its
+models want calendar features beside the series, and do different things for different tasks.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-import transformers
 from torch import Tensor, nn
 
 import zoo
+from zoo_timeseries import lagged_forecasters, patchtst_forecasters
+from zoo_timeseries.forecasters import Settings
 from zoo_timeseries.running import configured
 
 if TYPE_CHECKING:
@@ -76,6 +81,12 @@ def _filled(build: Callable[[], nn.Module], checkpoint: Checkpoint) -> nn.Module
 
 def patchtst(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
     """PatchTST scales a series itself, and what it forecasts is in the series' own units."""
+    if patchtst_forecasters.forecasters(checkpoint):
+        return _forecaster(patchtst_forecasters.model(checkpoint, config), checkpoint, config)
+    if patchtst_forecasters.librarys(checkpoint, config):
+        patchtst_forecasters.library_whole(checkpoint, config)
+    import transformers
+
     known: Any = configured(transformers.PatchTSTConfig, config)
     known.do_mask_input = False
     model = _filled(lambda: transformers.PatchTSTForPrediction(known), checkpoint)
@@ -110,6 +121,10 @@ def _lagged(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo
     their range, the last time feature is the age of the series, log10(2 + step), as in GluonTS, and the category is the
     first. Who knows better gives a mapping of all that `generate` takes.
     """
+    if lagged_forecasters.named(checkpoint):
+        return _forecaster(lagged_forecasters.FAMILIES[name.lower()].model(checkpoint, config), checkpoint, config)
+    import transformers
+
     known: Any = configured(getattr(transformers, f"{name}Config"), config)
     model = _filled(lambda: getattr(transformers, f"{name}ForPrediction")(known), checkpoint)
     past = known.context_length + max(known.lags_sequence)
@@ -143,5 +158,33 @@ def _lagged(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo
             torch.manual_seed(0)
             mean = module.generate(**x).sequences.mean(1)
         return mean if mean.dim() == 3 else mean[..., None]
+
+    return zoo.Loaded(model, preprocess, forward, describe)
+
+
+def timesnet(checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path) -> zoo.Loaded:
+    """What neuralforecast wrote, or a checkpoint of its names with a config.json that says how it was made."""
+    from zoo_timeseries import timesnet_probes
+
+    return _forecaster(timesnet_probes.model(checkpoint, config), checkpoint, config)
+
+
+def _forecaster(model: Any, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.Loaded:
+    """A model of neuralforecast as that predicts with it: one series, scaled over the window as in training.
+
+    How it is scaled differs from class to class where it is not said, and so it has to be said.
+    """
+    Settings.of(checkpoint, config).need("scaler_type")
+
+    def preprocess(x: Any) -> Tensor:
+        return last(series(x), model.input_size, 1)[None]
+
+    def forward(module: Any, past: Tensor) -> Tensor:
+        scaled = module.scaler.transform(x=past, mask=torch.ones_like(past))
+        with torch.random.fork_rng(devices=[]):  # an Informer samples keys
+            torch.manual_seed(0)
+            forecast = module({"insample_y": scaled, "futr_exog": None})
+        found: Tensor = module.scaler.inverse_transform(forecast)
+        return found
 
     return zoo.Loaded(model, preprocess, forward, describe)

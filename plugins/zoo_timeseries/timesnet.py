@@ -44,11 +44,13 @@ ENTRIES = (
         name="timesnet",
         open=False,
         note="its authors publish no weights. Train one, and name the file: Time-Series-Library's checkpoint.pth and "
-        "neuralforecast's checkpoints are read, as in zoo graft file:checkpoint.pth#encoder my_timesnet.py",
+        "neuralforecast's checkpoints are read, as in zoo graft file:checkpoint.pth#encoder my_timesnet.py; "
+        "neuralforecast's are loaded and run as well",
         modality="timeseries",
         tasks=("forecasting",),
         licence="mit",
         layouts=LAYOUTS,
+        load="zoo_timeseries.loading:timesnet",
         probe="zoo_timeseries.timesnet:whole_probe",
         outputs=("forecast",),
         parts=PARTS,

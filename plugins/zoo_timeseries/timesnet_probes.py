@@ -6,35 +6,18 @@ the file; a file of Time-Series-Library does not say, and without a config.json 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import zoo
+from zoo_timeseries.forecasters import Settings, library, marks_of, univariate
+from zoo_timeseries.forecasters import embedding as embed
 from zoo_timeseries.running import drawn
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
-
-
-def _neuralforecast() -> Any:
-    try:
-        from neuralforecast.models import timesnet
-    except ModuleNotFoundError as error:
-        raise zoo.ZooError(
-            f"a TimesNet is run by neuralforecast, and {error.name} is not installed",
-            kind="extra",
-            hint="pip install neuralforecast; or graft with --static, which runs nothing",
-        ) from error
-    return timesnet
-
-
-def _settings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
-    """neuralforecast's hyper-parameters, where it wrote the file; else what config.json says."""
-    text = checkpoint.metadata.get("hyper_parameters")
-    return json.loads(text) if text else dict(config)
 
 
 def _blocks(checkpoint: Checkpoint) -> tuple[int, int, int, int]:
@@ -60,37 +43,33 @@ class Blocks(nn.Module):
 
 
 def embedding(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
-    """Without calendar features, which the two libraries encode each in their way."""
-    _neuralforecast()
-    from neuralforecast.common._modules import DataEmbedding
-
-    if any(".temporal_embedding." in name for name in checkpoint):
-        raise zoo.ZooError(
-            f"{checkpoint.source} embeds calendar features, which have no reference here",
-            kind="weights",
-            hint="graft with --static, which runs nothing; or the part encoder",
-        )
-    width, channels, _ = checkpoint["enc_embedding.value_embedding.tokenConv.weight"].shape
-    module = zoo.unfilled(lambda: DataEmbedding(channels, 0, width))
+    """Without calendar features by number, which Time-Series-Library has as well."""
+    module = zoo.unfilled(lambda: embed(checkpoint, "enc_embedding", positions=True))
+    channels = checkpoint["enc_embedding.value_embedding.tokenConv.weight"].shape[1]
+    marks = marks_of(module)
     zoo.fill(module, checkpoint, lambda name: f"enc_embedding.{name}")
-    inputs = drawn({"plain": {"past_values": (2, 12, channels)}, "longest": {"past_values": (1, 96, channels)}})
-    return zoo.PartProbe(module, lambda m, x: (m(x["past_values"]),), inputs, ("plain", "longest"), ("embeddings",))
+
+    def shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"past_values": (batch, length, channels)}
+        return found | ({"past_time_features": (batch, length, marks)} if marks else {})
+
+    inputs = drawn({"plain": shapes(2, 12), "longest": shapes(1, 96)})
+    return zoo.PartProbe(
+        module,
+        lambda m, x: (m(x["past_values"], x.get("past_time_features")),),
+        inputs,
+        ("plain", "longest"),
+        ("embeddings",),
+    )
 
 
 def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
-    timesnet = _neuralforecast()
+    timesnet = library("models.timesnet")
     blocks, kernels, width, inner = _blocks(checkpoint)
-    settings = _settings(checkpoint, config)
-    if "top_k" not in settings:  # it changes what is computed, and no tensor tells it
-        raise zoo.ZooError(
-            f"{checkpoint.source} does not say how many periods a block looks at (top_k), and no tensor tells it",
-            kind="weights",
-            hint='put a config.json with {"top_k": N} beside it, N as in training (the library\'s default is 5); '
-            "or graft with --static, which runs nothing",
-        )
-    top_k = int(settings["top_k"])
+    settings = Settings.of(checkpoint, config)
+    top_k = int(settings.need("top_k")[0])  # it changes what is computed
     # The part holds no tensor of that length; any will do that has more frequencies than top_k.
-    length = int(settings.get("input_size", 24)) + int(settings.get("h", 8))
+    length = settings.length + int(settings.get("h", 8))
 
     def build() -> nn.Module:
         made = [timesnet.TimesBlock(length, 0, top_k, width, inner, kernels) for _ in range(blocks)]
@@ -103,41 +82,45 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 
 def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
-    timesnet = _neuralforecast()
-    if "hyper_parameters" not in checkpoint.metadata:
-        raise zoo.ZooError(
-            f"{checkpoint.source} is not from neuralforecast, and only what that wrote is run as a whole",
-            kind="weights",
-            hint="graft its part encoder, as in file:checkpoint.pth#encoder; or with --static, which runs nothing",
-        )
-    settings = _settings(checkpoint, config)
-    if settings.get("futr_exog_list") or settings.get("cat_exog_list"):
-        raise zoo.ZooError(
-            f"{checkpoint.source} takes exogenous series, which have no reference here",
-            kind="weights",
-            hint="graft its part encoder; or with --static, which runs nothing",
-        )
-    blocks, kernels, width, inner = _blocks(checkpoint)
-    out = checkpoint["projection.weight"].shape[0]
-    if out != 1:
-        raise zoo.ZooError(f"{checkpoint.source} forecasts {out} numbers a step, and not one", kind="weights")
-    length, horizon = int(settings["input_size"]), int(settings["h"])
-
-    def build() -> nn.Module:
-        return timesnet.TimesNet(
-            h=horizon,
-            input_size=length,
-            hidden_size=width,
-            conv_hidden_size=inner,
-            num_kernels=kernels,
-            encoder_layers=blocks,
-            top_k=int(settings["top_k"]),
-        )
-
-    module = zoo.unfilled(build)
-    zoo.fill(module, checkpoint)
+    module = model(checkpoint, config)
 
     def run(m: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return (m({"insample_y": x["past_values"], "futr_exog": None}),)
 
-    return zoo.PartProbe(module, run, drawn({"plain": {"past_values": (2, length, 1)}}), ("plain",), ("forecast",))
+    inputs = drawn({"plain": {"past_values": (2, module.input_size, 1)}})
+    return zoo.PartProbe(module, run, inputs, ("plain",), ("forecast",))
+
+
+def model(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    """neuralforecast's own, for what it wrote: one series, one number a step."""
+    settings = Settings.of(checkpoint, config)
+    if settings.given.get("input_size") is None or settings.given.get("h") is None:
+        raise zoo.ZooError(
+            f"{checkpoint.source} is not from neuralforecast, as far as it says; only what that wrote is run as a whole",
+            kind="weights",
+            hint="graft its part encoder, as in file:checkpoint.pth#encoder; or with --static, which runs nothing; if it "
+            'is, put a config.json with its class\'s arguments beside it, as in {"h": N, "input_size": N, "top_k": N}',
+        )
+    univariate(settings)
+    length, horizon, top_k = settings.need("input_size", "h", "top_k")
+    blocks, kernels, width, inner = _blocks(checkpoint)
+    out = checkpoint["projection.weight"].shape[0]
+    if out != 1:
+        raise zoo.ZooError(f"{checkpoint.source} forecasts {out} numbers a step, and not one", kind="weights")
+
+    def build() -> nn.Module:
+        made: nn.Module = library("models").TimesNet(
+            h=int(horizon),
+            input_size=int(length),
+            hidden_size=width,
+            conv_hidden_size=inner,
+            num_kernels=kernels,
+            encoder_layers=blocks,
+            top_k=int(top_k),
+            scaler_type=settings.get("scaler_type", "identity"),
+        )
+        return made
+
+    module = zoo.unfilled(build)
+    zoo.fill(module, checkpoint)
+    return module
