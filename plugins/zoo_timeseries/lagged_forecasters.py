@@ -124,9 +124,9 @@ class Informer:
 
         module = zoo.unfilled(build)
         longest = settings.length
-        inputs = _series(
-            module.get_submodule("enc_embedding"), {"plain": max(longest - 3, longest // 2), "longest": longest}
-        )
+        # Even where the model's own is even: of an odd length, an Autoformer's correlation leaves out a delay.
+        plain = longest - 4 if longest > 8 else longest
+        inputs = _series(module.get_submodule("enc_embedding"), {"plain": plain, "longest": longest})
         zoo.fill(module, checkpoint, spare=self._spare(checkpoint))
 
         def run(m: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -182,8 +182,8 @@ class Informer:
                 "if it is, put a config.json with the arguments of its class beside it",
             )
         univariate(settings)
-        names = (*_WHOLE, "factor", *self.needs)
-        known = dict(zip(names, settings.need(*dict.fromkeys(names)), strict=True))
+        names = tuple(dict.fromkeys((*_WHOLE, "factor", *self.needs)))
+        known = {"n_head": settings.get("n_head", 1), **dict(zip(names, settings.need(*names), strict=True))}
         rows, width = checkpoint["decoder.projection.weight"].shape
         if rows != 1:
             raise zoo.ZooError(f"{checkpoint.source} forecasts {rows} numbers a step, and not one", kind="weights")

@@ -96,10 +96,10 @@ def model(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     settings = Settings.of(checkpoint, config)
     if settings.given.get("input_size") is None or settings.given.get("h") is None:
         raise zoo.ZooError(
-            f"{checkpoint.source} is not from neuralforecast, as far as it says; only what that wrote is run as a whole",
+            f"{checkpoint.source} is not from neuralforecast, or does not say so; only that is run as a whole",
             kind="weights",
-            hint="graft its part encoder, as in file:checkpoint.pth#encoder; or with --static, which runs nothing; if it "
-            'is, put a config.json with its class\'s arguments beside it, as in {"h": N, "input_size": N, "top_k": N}',
+            hint="graft its part encoder, as in file:checkpoint.pth#encoder; or with --static, which runs nothing; "
+            'or put a config.json with its arguments beside it, as in {"h": N, "input_size": N, "top_k": N}',
         )
     univariate(settings)
     length, horizon, top_k = settings.need("input_size", "h", "top_k")
