@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 import zoo
 from zoo_vision.family import TRANSFORMERS, Family
-from zoo_vision.running import SIZES, fill, first_tokens, pixel_inputs
+from zoo_vision.running import SIZES, fill, first_tokens, hidden_inputs, pixel_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -71,11 +72,7 @@ def probe(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str
     sizes = SIZES if kind in _ANY_SIZE else (int(known.image_size),)
     pixels = pixel_inputs(sizes, int(known.num_channels))
     if part == "head":
-        raise zoo.ZooError(
-            f"{checkpoint.source}: there is no reference for the head alone in the layout of transformers",
-            kind="weights",
-            hint="graft the whole model; or the head with --static, which runs nothing",
-        )
+        return _head(known, kind, family.bodies[kind], sizes, checkpoint)
     body = family.bodies[kind]
     prefix = f"{body}." if any(name.startswith(f"{body}.") for name in checkpoint) else ""
     model = zoo.unfilled(lambda: made(known, kind, checkpoint if part == "whole" else None))
@@ -92,6 +89,56 @@ def probe(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str
     filled(model, checkpoint, prefix)
     probe = zoo.PartProbe(model, _last, pixels, _VARIANTS, ("last_hidden_state",))
     return first_tokens(probe, _TOKENS.get(kind, ()))
+
+
+class Given(nn.Module):
+    """In the place of a body: what it is called with is taken for the last hidden state. The library's own class for
+    classification does the rest; what pools does so in the body, and here."""
+
+    def __init__(self, kind: str, layernorm: nn.Module | None) -> None:
+        super().__init__()
+        self.pooled = _POOLED.get(kind)
+        self.answer: Any = transformers.modeling_outputs.BaseModelOutputWithPooling
+        if kind == "swin":
+            self.answer = transformers.models.swin.modeling_swin.SwinModelOutput
+        if layernorm is not None:
+            self.layernorm = layernorm
+
+    def forward(self, pixel_values: Tensor, **_: object) -> Any:
+        pooled = self.pooled(pixel_values) if self.pooled is not None else None
+        if pooled is not None and hasattr(self, "layernorm"):
+            pooled = self.layernorm(pooled)
+        return self.answer(last_hidden_state=pixel_values, pooler_output=pooled)
+
+
+_POOLED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "swin": lambda tokens: tokens.mean(1),
+    "resnet": lambda features: features.mean((2, 3), keepdim=True),
+    "convnext": lambda features: features.mean((2, 3)),
+    "convnextv2": lambda features: features.mean((2, 3)),
+}
+
+
+def _head(
+    known: PretrainedConfig, kind: str, body: str, sizes: tuple[int, ...], checkpoint: Checkpoint
+) -> zoo.PartProbe:
+    """From the last hidden state to logits."""
+
+    def build() -> nn.Module:
+        model = made(known, kind, checkpoint)
+        inner = model.get_submodule(body)
+        behind = getattr(inner, "layernorm", None) if kind.startswith("convnext") else None
+        setattr(model, body, Given(kind, behind))
+        return model
+
+    model = zoo.unfilled(build)
+    filled(model, checkpoint)
+    with torch.device("meta"):
+        side = sizes[len(sizes) // 2]
+        shape = made(known, kind, None)(torch.empty(1, known.num_channels, side, side)).last_hidden_state.shape[1:]
+    return zoo.PartProbe(
+        model, lambda m, x: (m(x["hidden_states"]).logits,), hidden_inputs(shape), ("plain", "shortest"), ("logits",)
+    )
 
 
 def filled(module: nn.Module, checkpoint: Checkpoint, prefix: str = "") -> None:

@@ -86,6 +86,11 @@ def test_transformers(kind: str, end: str, tmp_path: Path) -> None:
             same(part.run(part.reference, x)[0], expected)
             if end != "Model":
                 same(got[1], model(**x).logits)
+                head = probe_of(name, "head", checkpoint, config)
+                assert (
+                    head.inputs(0, "plain")["hidden_states"].shape[1:] == expected.shape[1:] or len(whole.variants) == 3
+                )
+                same(head.run(head.reference, {"hidden_states": expected})[0], got[1])
     first = "stem" if "stem" in [each.name for each in zoo.find(name).parts] else "patch"
     embeddings = probe_of(name, first, checkpoint, config)
     with torch.no_grad():
@@ -113,6 +118,26 @@ def test_transformers_loaded(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(zoo.ZooError, match="no preprocessor_config.json"):
         zoo.load(f"file:{tmp_path}")
+
+
+def test_a_head_alone_into_ones_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**PLAIN, num_labels=5)))
+    model.save_pretrained(tmp_path)
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.answer = nn.Parameter(torch.zeros(16, 5))
+            self.shift = nn.Parameter(torch.zeros(5))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden[:, 0] @ self.answer + self.shift
+
+    mine = Head()
+    report = zoo.graft(f"file:{tmp_path}#head", mine)
+    assert str(report.verdict) == "proven"
+    assert torch.equal(mine.answer.detach(), model.classifier.weight.detach().T)
 
 
 # ---------------------------------------------------------------------------------------------------- torchvision
