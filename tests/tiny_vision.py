@@ -55,6 +55,13 @@ ROWS = (
         {"layers": (1, 2, 1, 1), "channels": (8, 12, 16, 20)},
         {"widths": (8, 12, 16, 20), "depths": (1, 2, 1, 1)},
     ),
+    Row(
+        "resnetv2",
+        "resnetv2_50",
+        "body",
+        {"layers": (1, 2, 1, 1), "channels": (32, 64, 96, 128), "stem_chs": 16},
+        {"stem": 16, "widths": (8, 16, 24, 32), "depths": (1, 2, 1, 1)},
+    ),
     Row("efficientnet", "efficientnet_b0", "body"),
     Row(
         "convnext",

@@ -44,6 +44,7 @@ def resolve(name: str) -> Entry | None:
         f"timm:{name}",
         source,
         "default",
+        note="it is of no family of this plugin: it has no parts, and is loaded, run and grafted as a whole",
         modality="vision",
         requires="vision",
         load="zoo_vision.loading:load",

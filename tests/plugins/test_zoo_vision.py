@@ -196,8 +196,40 @@ def test_timm_names(host: package.Host) -> None:
     other = host.find("timm:mobilenetv3_small_100")
     assert other.tags["default"][0].location == "timm/mobilenetv3_small_100.lamb_in1k"
     assert not other.parts
+    # Of no family here: said, and still opened as a whole.
+    second = host.find("timm:swinv2_tiny_window8_256")
+    assert (second.parts, second.probe) == ((), "zoo_vision.probes:any_of_timm")
+    assert "no family of this plugin" in second.note
     with pytest.raises(package.ZooError, match="no plugin opens"):
         host.find("timm:nonsense_net")
+
+
+def test_sizes_through_tags(host: package.Host) -> None:
+    """Small, base and large: each tag's architecture is of its family, and opens by timm's name."""
+    sizes = {
+        "vit": ("small", "base", "large"),
+        "deit": ("small", "base", "3-large"),
+        "dinov2": ("small", "base", "large"),
+        "swin": ("small", "base", "large"),
+        "convnext": ("small", "base", "large"),
+        "resnet": ("18", "50", "152"),
+        "resnetv2": ("18", "50", "101"),
+        "efficientnet": ("b0", "b2", "b4"),
+    }
+    assert sizes.keys() == {entry.name for entry in host.entries()}
+    for name, tags in sizes.items():
+        entry = host.find(name)
+        counts = []
+        for tag in tags:
+            (source, *_) = entry.tags[tag]
+            model = source.location.removeprefix("timm/")
+            for spelled in (f"timm:{model}", f"timm:{model.partition('.')[0]}"):
+                opened = host.find(spelled)
+                assert [part.name for part in opened.parts] == [part.name for part in entry.parts]
+                assert opened.tags["default"][0].location == source.location
+            with torch.device("meta"):
+                counts.append(sum(p.numel() for p in timm.create_model(model.partition(".")[0]).parameters()))
+        assert counts == sorted(set(counts)), name
 
 
 @pytest.mark.parametrize(
@@ -208,7 +240,10 @@ def test_timm_names(host: package.Host) -> None:
         ("deit3_base_patch16_224", "deit"),
         ("tf_efficientnet_lite0", "efficientnet"),
         ("convnextv2_tiny", "convnext"),
-        ("resnetv2_50", None),
+        ("resnetv2_50", "resnetv2"),
+        ("resnetv2_50x1_bit", "resnetv2"),
+        ("resnetaa50d", None),
+        ("swinv2_cr_tiny_ns_224", None),
         ("swinv2_tiny_window8_256", None),
     ],
 )
