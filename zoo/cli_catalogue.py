@@ -85,6 +85,8 @@ def show(out: Out, ref: str) -> None:
         notes = checkpoint.notes
     else:
         tensors, where = _from_the_hub(chosen, host, ref)
+    if chosen.entry.open and chosen.entry.note:
+        notes = (*notes, chosen.entry.note)
     entry, evidence = _entry_of(chosen, host, config, tensors)
     wanted = host.part_tensors(chosen, config, tensors)
     shown = {name: tensors[name] for name in wanted}

@@ -1,8 +1,8 @@
 """Models of neuralforecast, and of Time-Series-Library by neuralforecast's modules: what they are built with.
 
 neuralforecast took most of Time-Series-Library's modules over, names and functions alike. Sizes are read off the
-tensors. What no tensor tells (how many heads, which activation) has to be said, by neuralforecast's own header or by a
-config.json that holds the arguments of either library; it is never assumed.
+tensors. What no tensor tells (how many heads, which activation) has to be said, by the hyper-parameters in a file or by
+a config.json that holds the arguments of either library; it is never assumed.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Settings:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Settings:
-        """neuralforecast's hyper-parameters, where it wrote the file; else what config.json says."""
-        text = checkpoint.metadata.get("hyper_parameters")
-        return cls(json.loads(text) if text else dict(config), checkpoint.source)
+        """The hyper-parameters in the file, which neuralforecast and Lightning write; for the rest, config.json."""
+        told = json.loads(checkpoint.metadata.get("hyper_parameters", "{}"))
+        return cls({**config, **(told if isinstance(told, dict) else {})}, checkpoint.source)
 
     def get(self, name: str, default: Any = None) -> Any:
         for each in (name, *_ALSO.get(name, ())):

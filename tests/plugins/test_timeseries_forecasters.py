@@ -69,13 +69,16 @@ def made() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def saved(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By kind: model.ckpt as neuralforecast writes it; told/ and bare/checkpoint.pth, with and without config.json."""
+    """By kind: model.ckpt as neuralforecast writes it; lightning.ckpt, as it did before its version 3.3; told/ and
+    bare/checkpoint.pth, with and without config.json."""
     folder = tmp_path_factory.mktemp("saved")
     for kind, model in made.items():
         for place in ("told", "bare"):
             (folder / kind / place).mkdir(parents=True)
             torch.save(model.state_dict(), folder / kind / place / "checkpoint.pth")
         model.save(str(folder / kind / "model.ckpt"))
+        lightning = {"epoch": 1, "state_dict": model.state_dict(), "hyper_parameters": ARGUMENTS[kind]}
+        torch.save(lightning, folder / kind / "lightning.ckpt")
         (folder / kind / "told" / "config.json").write_text(json.dumps(ARGUMENTS[kind]))
     return folder
 
@@ -108,9 +111,9 @@ def seen(model: Any, module: str, run: Callable[[], object]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", ["model.ckpt", "told/checkpoint.pth"])
+@pytest.mark.parametrize("file", ["model.ckpt", "lightning.ckpt", "told/checkpoint.pth"])
 def test_the_whole_is_the_librarys_model(kind: str, file: str, made: dict[str, Any], saved: Path) -> None:
-    config = ARGUMENTS[kind] if file != "model.ckpt" else {}
+    config = ARGUMENTS[kind] if file.startswith("told") else {}
     probe = probe_of(kind.lower(), None, saved / kind / file, config)
     x = probe.inputs(1, "plain")
     assert x["past_values"].shape == (2, 24, 1)
@@ -269,7 +272,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "TimesNet"])  # its example is grafted elsewhere
-@pytest.mark.parametrize("file", ["model.ckpt", "told/checkpoint.pth"])
+@pytest.mark.parametrize("file", ["model.ckpt", "lightning.ckpt", "told/checkpoint.pth"])
 def test_grafted_into_a_module_of_ones_own(kind: str, file: str, saved: Path, run: Any) -> None:
     ref, mine = f"file:{saved / kind / file}#encoder", f"{MINE}:My{kind}"
     status, done, err = run("graft", ref, mine, "-o", "mine.safetensors")
