@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import surgery
     from surgery.rules import Rule
     from zoo.entry import PartProbe
-    from zoo.grafting import Source
+    from zoo.resolving import Source
 
 VOCABULARY = "vocabulary"
 _INNER = ("intermediate_size", "ffn", "ffn_dim", "d_ff", "inner", "mlp_dim", "wide", "dim_feedforward", "n_inner")
@@ -243,7 +243,7 @@ def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:
 
 def _sizes(source: Source) -> Sizes | None:
     from zoo.api import needs
-    from zoo.grafting import imported
+    from zoo.resolving import imported
 
     if source.entry is None or source.entry.sizes is None:
         return None

@@ -21,7 +21,8 @@ from zoo.out import Out
 if TYPE_CHECKING:
     import surgery
     from surgery.proof import Proof
-    from zoo.grafting import Attempt, Source
+    from zoo.attempts import Attempt
+    from zoo.resolving import Source
     from zoo.target import Target
 
 _REQUIRE = ("proven", "adapted", "consistent")
@@ -218,7 +219,7 @@ class Job:
 
 def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
     """Everything that can be wrong with what was asked is found here, the person's own file first."""
-    from zoo import api, grafting, target
+    from zoo import api, attempts, resolving, target
 
     target.split(asked.file)
     given = _given(asked.plan) if asked.plan is not None else given
@@ -226,7 +227,7 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
     host.pick(asked.ref)
     made = None if asked.fit else target.load(asked.file, sets=asked.sets, seed=asked.seed)
     hub = api.make_hub(host, quiet=not out.progress)
-    source = grafting.resolve(asked.ref, part=asked.part, revision=asked.revision, of=host, hub=hub)
+    source = resolving.resolve(asked.ref, part=asked.part, revision=asked.revision, of=host, hub=hub)
     for passed in source.located.passed_over:
         out.note(f"passed over {passed}")
     if made is None:
@@ -238,10 +239,10 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
 
         written.start_from(made.model, asked.init)
     if asked.into:
-        grafting.submodule(made.model, asked.into)
+        attempts.submodule(made.model, asked.into)
     run = not asked.static and source.probe is not None
     ways = partial(
-        grafting.attempts,
+        attempts.attempts,
         source,
         made.model,
         example=target.example_of(made, asked.example) if run else None,

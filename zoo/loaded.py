@@ -53,7 +53,7 @@ def load(ref: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> 
     not make a model.
     """
     from zoo import api
-    from zoo.grafting import imported, resolve
+    from zoo.resolving import imported, resolve
 
     source = resolve(ref)
     entry = source.entry

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     import surgery
-    from zoo.grafting import Source
+    from zoo.resolving import Source
 
 SUFFIX = ".safetensors"
 _MARK = "weightzoo"  # in the metadata of weights that a graft wrote

@@ -138,7 +138,7 @@ def test_the_namespace_takes_open_clips_layout(run: tuple[Zoo, HubServer]) -> No
     shown = good(zoo("show", ref, "--json")).json
     assert {"text", "vision", "logit_scale"} == {part["name"] for part in shown["parts"]}
     code = (
-        "import sys, zoo; from zoo import grafting; s = grafting.resolve(sys.argv[1]);"
+        "import sys, zoo; from zoo import resolving; s = resolving.resolve(sys.argv[1]);"
         "assert 'model_cfg' in s.config; print(s.reference().outputs)"
     )
     assert "logits_per_image" in good(zoo.python(code, ref)).out

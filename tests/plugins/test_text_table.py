@@ -111,7 +111,7 @@ def test_pulled_and_recognised(published: Callable[[str], nn.Module], tmp_path: 
 def test_the_whole_and_the_parts_are_what_transformers_computes(
     published: Callable[[str], nn.Module], name: str
 ) -> None:
-    from zoo.grafting import resolve
+    from zoo.resolving import resolve
 
     model = published(name)
     probe = resolve(name).reference()
@@ -158,7 +158,7 @@ def test_a_head_of_its_own(hub: HubServer, tmp_path: Path) -> None:
     shaken(model)
     model.save_pretrained(tmp_path / "flan")
     hub.add("google/flan-t5-small", {path.name: path.read_bytes() for path in (tmp_path / "flan").iterdir()})
-    from zoo.grafting import resolve
+    from zoo.resolving import resolve
 
     probe = resolve("t5.flan-small").reference()
     assert probe is not None

@@ -319,7 +319,7 @@ def test_the_average_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def probed(path: Path, part: str | None = None) -> zoo.PartProbe:
-    from zoo.grafting import resolve
+    from zoo.resolving import resolve
 
     found = resolve(f"file:{path}" + (f"#{part}" if part else "")).reference()
     assert found is not None

@@ -230,7 +230,7 @@ def _hidden(row: Row, model: Any, answer: Any, x: dict[str, torch.Tensor]) -> to
 
 
 def _probe(ref: str) -> package.PartProbe:
-    from zoo.grafting import resolve
+    from zoo.resolving import resolve
 
     found = resolve(ref).reference()
     assert found is not None

@@ -76,12 +76,12 @@ import contextlib, io, json, sys
 for name in json.loads(sys.argv[1]):
     sys.modules[name] = None
 import zoo
-from zoo import grafting
+from zoo import resolving
 from zoo.cli import main
 
 def reference(ref):
     try:
-        return 0, {} if grafting.resolve(ref).reference() is not None else {"message": "there is none"}
+        return 0, {} if resolving.resolve(ref).reference() is not None else {"message": "there is none"}
     except zoo.ZooError as error:
         return error.status, {"message": str(error), "hint": error.hint}
 
