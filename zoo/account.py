@@ -126,16 +126,17 @@ def proven(report: surgery.Report) -> Iterator[str]:
     if report.proof is not None:
         yield "proof:"
         yield from _indented(said(report.proof))
-    yield from _indented(_folded([f"any choice is right: {symmetry}" for symmetry in report.plan.symmetries]))
+    yield from _indented(folded([f"any choice is right: {symmetry}" for symmetry in report.plan.symmetries]))
     yield from _indented(report.plan.notes)
 
 
 def said(proof: Proof) -> Iterator[str]:
     """What running showed, a sentence each; sentences that are the same for each of repeated blocks are one."""
-    yield from _folded(list(dict.fromkeys(proof.sentences)))
+    yield from folded(list(dict.fromkeys(proof.sentences)))
 
 
-def _folded(sentences: Sequence[str]) -> list[str]:
+def folded(sentences: Sequence[str]) -> list[str]:
+    """The sentences, those that are the same for each of repeated blocks as one."""
     from surgery.fold import Line, Ranges, fold, spell_range
 
     ranges = Ranges()

@@ -20,6 +20,7 @@ from zoo.out import Out
 
 if TYPE_CHECKING:
     import surgery
+    from surgery.residuals import Depth
     from surgery.proof import Proof
     from zoo.attempts import Attempt
     from zoo.resolving import Source
@@ -77,7 +78,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--why", is_flag=True, help="Show every row, with its evidence.")
     @wraps(function)
     def wrapped(out: Out, **options: Any) -> Any:
-        own = {name: options.pop(name) for name in ("output", "force") if name in options}
+        own = {name: options.pop(name) for name in ("output", "force", "html") if name in options}
         return function(out, Asked(**options), **own)
 
     return wrapped
@@ -101,11 +102,13 @@ def plan(out: Out, asked: Asked) -> int:
 @_asks
 @click.option("-o", "--output", metavar="OUT.safetensors", help="Where to; the plan is written beside it.")
 @click.option("--force", is_flag=True, help="Write although the answer is no.")
-def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
+@click.option("--html", metavar="REPORT.html", help="Write the report as a page too, whatever the answer is.")
+def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | None) -> int:
     from zoo import written
 
     weights = written.destination(output, asked.file)
     written.check_free(weights, asked.plan)
+    page = _page_for(html)
     job = _prepare(out, asked)
     _wait(out, job)
     report, job = _operate(job, asked, force=force)
@@ -113,7 +116,11 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
     wrote = []
     if good:
         wrote = written.write(job.target.model, report.plan, weights, verdict=str(report.verdict))
+    if page is not None:
+        _write_page(page, job, report, asked.into, wrote=wrote)
     _tell(out, job, asked, report, wrote)
+    if page is not None:
+        out.note(f"the report is {page}")
     if good:
         name = weights.name if weights.parent == Path() else weights
         out.hint(f'model.load_state_dict(safetensors.torch.load_file("{name}"))')
@@ -133,6 +140,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool) -> int:
 @click.option("--example", metavar="FILE:FUNC", help="Where inputs for forward come from; else example() in FILE.")
 @click.option("--into", default="", metavar="PATH", help="The submodule that was grafted into.")
 @click.option("--on", "passes", multiple=True, metavar="DEVICE/DTYPE", help="As in cuda/bfloat16; repeatable.")
+@click.option("--html", metavar="REPORT.html", help="Write what it says as a page too, whatever the answer is.")
 def verify(
     out: Out,
     ref: str,
@@ -145,9 +153,11 @@ def verify(
     example: str | None,
     into: str,
     passes: tuple[str, ...],
+    html: str | None,
 ) -> int:
     from zoo import written
 
+    page = _page_for(html)
     path = written.destination(weights, file)
     made = written.read(path)
     asked = Asked(
@@ -158,7 +168,7 @@ def verify(
     if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
     with _running(job.target):
-        proof = _verified(job, made.plan, passes or ("cpu/float64",), into)
+        proof, way = _verified(job, made.plan, passes or ("cpu/float64",), into)
     good = not wrong and proof.verdict in ("proven", "adapted")
     verdict = proof.verdict if good or proof.verdict not in ("proven", "adapted") else "differs"
     message = "; ".join([*wrong, *([proof.message] if proof.message else [])])
@@ -168,19 +178,29 @@ def verify(
         lines = [f"{job.source.ref} -> {job.target}, weights {path}", *account.said(proof)]
         return "\n".join([*lines, f"{verdict}: {message}" if message else verdict])
 
+    if page is not None:
+        from surgery import Report
+
+        report = Report.of(
+            made.plan, proof.verdict, proof=proof, dtype_of=lambda name: job.source.checkpoint[name].dtype
+        )
+        done = replace(job, way=way)
+        _write_page(page, done, report, into, passes=passes, verdict=verdict, message=message)
     out.data(thing, human, lambda: verdict)
+    if page is not None:
+        out.note(f"the report is {page}")
     if wrong:
         out.hint(f"zoo graft {ref} {file} -o {path} --plan {made.path} applies the plan as it is, and verifies it")
     return 0 if good else NO
 
 
-def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) -> Proof:
-    """The proof of a plan, by the way it was made."""
+def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) -> tuple[Proof, Attempt]:
+    """The proof of a plan, by the way it was made; and that way."""
     import surgery
     from zoo.grafting import outputs_left, with_outputs
 
     last: surgery.PlanError | None = None
-    first: Proof | None = None
+    first: tuple[Proof, Attempt] | None = None
     for way in job.ways():
         assert way.probe is not None
         if way.narrowed and way.narrowed not in plan.notes:
@@ -195,8 +215,8 @@ def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) 
         kept, _ = outputs_left(way.change.source.checkpoint if way.change else held, way.probe, plan, proof)
         proof = run(probe=with_outputs(way.probe, kept)) if kept else proof
         if proof.verdict in ("proven", "adapted"):
-            return proof
-        first = first or proof
+            return proof, way
+        first = first or (proof, way)
     if first is not None:
         return first
     assert last is not None  # there always is a way
@@ -215,6 +235,7 @@ class Job:
     ways: Callable[[], Iterator[Attempt]]  # to run both; they are tried in turn
     notes: tuple[str, ...] = ()
     plan: surgery.Plan | None = None  # the one to apply, where one was given
+    way: Attempt | None = None  # the one that it went, once it is done
 
 
 def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
@@ -329,7 +350,7 @@ def _operate(job: Job, asked: Asked, *, force: bool) -> tuple[surgery.Report, Jo
             report = _graft(job, asked, way, chosen, "refuted" if force else "ambiguous")
         elif force and report.verdict.rank < needed.rank:
             report = _graft(job, asked, way, job.plan, "refuted")
-    return report, replace(job, notes=(*job.notes, *way.notes))
+    return report, replace(job, notes=(*job.notes, *way.notes), way=way)
 
 
 def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, least: str) -> surgery.Report:
@@ -414,3 +435,68 @@ def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
         out.hint("nothing was written; --why shows what was found, --force writes it all the same")
     elif report.verdict.rank < _rank(asked.require):
         out.hint(f"nothing was written: {report.verdict} is less than {asked.require}, which is required")
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def _page_for(path: str | None) -> Path | None:
+    """Where the page is to be, checked before anything is done."""
+    if path is None:
+        return None
+    from zoo import html
+
+    return html.check_free(path)
+
+
+def _write_page(
+    path: Path,
+    job: Job,
+    report: surgery.Report,
+    into: str,
+    *,
+    wrote: list[Path] | None = None,
+    passes: tuple[str, ...] = (),
+    verdict: str = "",
+    message: str = "",
+) -> None:
+    from zoo import html
+
+    depth, why = _depth(job, report, into, passes)
+    told = html.Told(
+        job.source.ref,
+        job.source.located.where,
+        str(job.target),
+        job.source.checkpoint,
+        notes=job.notes,
+        depth=depth,
+        no_depth=why,
+        wrote=tuple(map(str, wrote or ())),
+        verdict="" if verdict == str(report.verdict) else verdict,
+        message=message,
+    )
+    html.write(path, html.page(report, told))
+
+
+def _depth(job: Job, report: surgery.Report, into: str, passes: tuple[str, ...]) -> tuple[tuple[Depth, ...], str]:
+    """What the modules inside compute against the reference; or why that is not known."""
+    import surgery
+    from surgery.residuals import by_depth
+
+    if job.way is None or job.way.probe is None:
+        return (), "Nothing was run."
+    wanted = ("cpu/float64", *passes) if passes else ("cpu/float64", "cpu/float32")
+    try:
+        with _running(job.target):
+            found = by_depth(
+                job.source.checkpoint,
+                job.target.model,
+                report.plan,
+                probe=job.way.probe,
+                passes=wanted,
+                rules=job.way.rules,
+                into=into,
+            )
+    except (surgery.GraftError, surgery.PlanError) as error:  # of an ambiguous plan, whose rows may be incomplete
+        return (), f"It could not be measured: {error}"
+    return found, ""
