@@ -132,7 +132,7 @@ def page(report: surgery.Report, told: Told) -> str:
         verdict=verdict,
         sign=_VERDICTS.get(verdict, ""),
         said=account.verdict(report).partition(": ")[2] if not told.verdict else "",
-        reasons=[told.message] if told.message else [line.strip() for line in account.reasons(report)][:1],
+        reasons=_reasons(report, told),
         divergence=parted,
         divergence_at=module,
         candidates=list(account.candidates(report)),
@@ -150,6 +150,13 @@ def page(report: surgery.Report, told: Told) -> str:
     )
 
 
+def _reasons(report: surgery.Report, told: Told) -> list[str]:
+    """Why the answer is what it is, but for the first divergence, which has a place of its own."""
+    if told.message:
+        return [told.message]
+    return [line.strip() for line in account.reasons(report) if not line.startswith("first divergence")]
+
+
 @cache
 def _part(name: str) -> str:
     return (files("zoo") / "page" / name).read_text(encoding="utf-8")
@@ -161,8 +168,14 @@ def _template() -> Template:
 
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["amount"] = amount
-    made.filters["power"] = lambda value: f"{value:.1e}" if math.isfinite(value) else "not finite"
+    made.filters["power"] = _power
     return made.from_string(_part("report.html"))
+
+
+def _power(value: float) -> str:
+    if not math.isfinite(value):
+        return "cannot be compared"
+    return f"{value:.1e}" if value else "0"
 
 
 def _json(thing: object) -> str:
@@ -327,13 +340,13 @@ def _plan(report: surgery.Report) -> tuple[list[tuple[str, str, str, str, str]],
     for row in report.rows:
         known = planned.get(row.name)
         type = f"{known.dtype} {_shape(known.shape)}" if known is not None else ""
-        said = (row.expr or row.note, known.evidence if known is not None else "")
-        lines.append(Line(row.name, said, (type, status_of(row))))
+        lines.append(Line(row.name, (row.expr or row.note,), (type, status_of(row))))
     ranges = Ranges()
     rows = []
     for line in fold(lines, ranges):
         assert isinstance(line.rest, tuple)
-        rows.append((line.name, str(line.rest[0]), str(line.rest[1]), account.braced(line.texts[0]), line.texts[1]))
+        evidence = planned[line.name].evidence if line.name in planned else ""  # of folded rows, each has its own
+        rows.append((line.name, str(line.rest[0]), str(line.rest[1]), account.braced(line.texts[0]), evidence))
     used = [name for name in ranges.numbers if any(f"{{{name}" in cell for row in rows for cell in row)]
     return rows, ", ".join(f"{name} = {spell_range(ranges.numbers[name])}" for name in used)
 
@@ -342,7 +355,6 @@ def _plan(report: surgery.Report) -> tuple[list[tuple[str, str, str, str, str]],
 
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720.0, 250.0, 62.0, 12.0, 14.0, 26.0
 _LEAST = -17  # the exponent at which nothing is left; an exact zero is drawn there
-_DOTS = 400  # points that are drawn one by one
 
 
 @dataclass(frozen=True)
@@ -395,7 +407,7 @@ def plot(depth: Depth, report: surgery.Report) -> Plot:
         Dot(
             x(p.at),
             y(p.residual),
-            f"{p.module or 'the whole module'}: {p.residual:.1e}, against {p.reference or 'the whole reference'}",
+            f"{p.module or 'the whole module'}: {_power(p.residual)}, against {p.reference or 'the whole reference'}",
             gate is not None and not p.residual <= gate,
         )
         for p in depth.points
@@ -411,7 +423,7 @@ def plot(depth: Depth, report: surgery.Report) -> Plot:
         depth,
         gate,
         y(gate) if gate else 0.0,
-        (*((y(10.0**power), f"1e{power}") for power in range(-16, top + 1, 4)), (y(0.0), "0")),
+        (*((y(10.0**power), f"1e{power}") for power in range(-12, top + 1, 4)), (y(0.0), "0")),
         tuple(dots),
         " ".join(f"{dot.x},{dot.y}" for dot in dots),
         " ".join(own) if len(own) > 1 else "",

@@ -99,7 +99,8 @@
       if (far_a && far_b) continue;
       a = Math.max(-4, Math.min(tall + 4, a));
       b = Math.max(-4, Math.min(tall + 4, b));
-      const on = chosen && (chosen.side === "s" ? line.a : line.b) === chosen.row;
+      const end = chosen && (chosen.side === "s" ? line.a : line.b);
+      const on = chosen && end >= chosen.row && end < chosen.until;
       out.push({ d: `M0 ${a} C${wide / 2} ${a} ${wide / 2} ${b} ${wide} ${b}`,
         c: line.status + (on ? " on" : chosen ? " dim" : far_a || far_b ? " away" : "") });
     }
@@ -163,7 +164,7 @@
     const tops = near.map((k) => there.place[k] * high - there.pane.scrollTop);
     if (near.length && !tops.some((top) => top >= 0 && top + high <= there.pane.clientHeight))
       in_view(there, near[0], tree.place[i] * high - tree.pane.scrollTop);
-    chosen = { side: tree.side, row: i };
+    chosen = { side: tree.side, row: i, until: tree.group[i] ? tree.end[i] : i + 1 };
     tell(tree, i);
     later();
   }
@@ -178,21 +179,29 @@
   function tell(tree, i) {
     const row = tree.rows[i], box = by("detail");
     box.replaceChildren();
+    box.classList.add("chosen");
+    const title = make("h4");
+    const list = make("dl");
+    const add = (word, what) => { if (what && what.length) { const dd = make("dd"); dd.append(...[what].flat()); list.append(make("dt", word), dd); } };
+    const links = (side, numbers) => {
+      const shown = numbers.slice(0, 12).map((n) => {
+        const button = make("button", tensors[side][n].name, "ref");
+        button.type = "button";
+        button.addEventListener("click", () => reveal(side, n));
+        return button;
+      });
+      return numbers.length > 12 ? [...shown, "and " + (numbers.length - 12) + " more"] : shown;
+    };
     if (tree.group[i]) {
-      box.append(make("h4", row.dataset.path, "ref"), make("p", row.getAttribute("aria-label").slice(row.dataset.path.length + 2)));
+      title.append(make("span", row.dataset.path, "ref"));
+      add("holds", row.getAttribute("aria-label").slice(row.dataset.path.length + 2));
+      const there = trees[other[tree.side]];
+      add(tree.side === "t" ? "from" : "became", links(there.side, counterparts(tree, i).map((k) => Number(there.rows[k].dataset.i))));
+      box.append(title, list);
       return;
     }
     const tensor = tensors[tree.side][Number(row.dataset.i)];
-    const title = make("h4");
     title.append(make("span", tensor.name, "ref"), " ", make("span", data.signs[tensor.status] + " " + tensor.status, "badge " + tensor.status));
-    const list = make("dl");
-    const add = (word, what) => { if (what && what.length) { const dd = make("dd"); dd.append(...[what].flat()); list.append(make("dt", word), dd); } };
-    const links = (side, numbers) => numbers.slice(0, 40).map((n) => {
-      const button = make("button", tensors[side][n].name, "ref");
-      button.type = "button";
-      button.addEventListener("click", () => reveal(side, n));
-      return button;
-    });
     add("type", tensor.type);
     if (tree.side === "t") {
       add("made of", tensor.expr ? make("code", tensor.expr) : "");
@@ -215,6 +224,7 @@
     join();
     go(tree, i);
     tree.pane.scrollIntoView({ block: "nearest" });
+    by("detail").scrollIntoView({ block: "nearest" });
   }
 
   function key(event) {
@@ -311,7 +321,8 @@
       lay_out(tree);
       join();
       go(tree, i);
-      tree.pane.scrollIntoView({ block: "center" });
+      tree.pane.scrollIntoView({ block: "nearest" });
+      by("detail").scrollIntoView({ block: "nearest" });
     });
   }
 
