@@ -147,6 +147,12 @@ class Proof:
             "adapted": list(self.adapted),
         }
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from surgery import notebook
+
+        return notebook.proof(self)
+
     def __str__(self) -> str:
         head = f"{self.verdict}: {self.message}" if self.message else self.verdict
         return "\n".join([head, *self._sentences()])

@@ -249,6 +249,12 @@ class Report:
         """Verdict, accounting, and what is new, adapted or dropped: what a person looks at first."""
         return "\n".join(self._lines())
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from surgery import notebook
+
+        return notebook.report(self)
+
     def _lines(self) -> Iterator[str]:
         counted = ", ".join(f"{count} {status}" for status, count in self.counts.items())
         yield f"{self.verdict}: {counted}" if counted else f"{self.verdict}"
