@@ -8,7 +8,8 @@
 
   // One tree: its rows in order, which of them are open, and where each one stands among those that are shown.
   for (const side of ["s", "t"]) {
-    const rows = [...by("tree-" + side).children];
+    const chunks = [...by("tree-" + side).children];
+    const rows = chunks.flatMap((chunk) => [...chunk.children]);
     const level = rows.map((row) => Number(row.getAttribute("aria-level")));
     const parent = [], end = [], above = [], row_of = [];
     rows.forEach((row, i) => {
@@ -21,7 +22,7 @@
     });
     while (above.length) end[above.pop()] = rows.length;
     trees[side] = {
-      side, rows, parent, end, row_of, pane: by("pane-" + side),
+      side, chunks, rows, parent, end, row_of, pane: by("pane-" + side),
       group: rows.map((row) => row.hasAttribute("aria-expanded")),
       open: rows.map((row) => row.getAttribute("aria-expanded") === "true"),
       shown: [], place: [], stand: [], current: -1,
@@ -35,9 +36,8 @@
   const svg = by("lines");
 
   function measure() {
-    for (const tree of Object.values(trees)) {
-      if (tree.shown.length) { high = tree.rows[tree.shown[0]].getBoundingClientRect().height || high; return; }
-    }
+    const first = trees.t.rows[0] || trees.s.rows[0];
+    if (first) high = first.getBoundingClientRect().height || high;
   }
 
   // Show what is open, and nothing else; only what changes is touched.
@@ -60,6 +60,13 @@
         const said = String(tree.open[i]);
         if (tree.rows[i].getAttribute("aria-expanded") !== said) tree.rows[i].setAttribute("aria-expanded", said);
       }
+    }
+    // A chunk out of sight is not rendered, so that it has to be told how high it is.
+    for (const chunk of tree.chunks) {
+      let count = 0;
+      for (const row of chunk.children) if (!row.hidden) count++;
+      chunk.hidden = !count;
+      chunk.style.containIntrinsicHeight = count * high + "px";
     }
     tree.shown = shown;
     if (tree.current < 0 || tree.place[tree.current] < 0) roam(tree, tree.current < 0 ? shown[0] : tree.stand[tree.current]);
@@ -255,6 +262,7 @@
     event.preventDefault();
   }
 
+  measure();
   for (const tree of Object.values(trees)) {
     const box = by("tree-" + tree.side);
     box.addEventListener("keydown", key);
@@ -326,9 +334,13 @@
     });
   }
 
-  measure();
   join();
-  window.addEventListener("resize", () => { measure(); later(); });
+  window.addEventListener("resize", () => {
+    const before = high;
+    measure();
+    if (high !== before) Object.values(trees).forEach(lay_out);
+    later();
+  });
   const parted = document.querySelector(".row.parted");
   if (parted && !parted.hidden) in_view(trees.t, parted.at, 2 * high);
 })();
