@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +23,7 @@ _WIDTH = 100
 # status: (how a person is told of it, what it means), in the order of telling
 _TOLD = {
     "filled": ("grafted", ""),
+    "adapted": ("adapted", "by an approximate or lossy op"),
     "synthesised": ("made", "by a rule; the source has no such tensor"),
     "tied": ("tied", ""),
     "constant": ("constant", "the module's own values, right as they are"),
@@ -28,27 +33,49 @@ _TOLD = {
 }
 
 
+def status_of(row: ReportRow) -> str:
+    """How a row ended, as a person is told: what an approximate or lossy op made is adapted."""
+    made = row.status in ("filled", "synthesised")
+    return "adapted" if made and row.kind in ("approximate", "lossy") else row.status
+
+
 def counts(report: surgery.Report) -> str:
-    """ "75 grafted, 2 new, 3 dropped"."""
-    return ", ".join(f"{count} {_TOLD[status][0]}" for status, count in report.counts.items())
+    """ "75 grafted, 1 adapted, 2 new, 3 dropped"."""
+    found = Counter(map(status_of, report.rows))
+    return ", ".join(f"{found[status]} {title}" for status, (title, _) in _TOLD.items() if found[status])
 
 
-def render(report: surgery.Report, *, why: bool = False) -> str:
-    """The whole account."""
-    return "\n".join([*_sections(report, why=why), *proven(report)])
+def render(report: surgery.Report, *, why: bool = False, width: int | None = None) -> str:
+    """The whole account; in lines of at most `width` where that is given, as on a terminal."""
+    return "\n".join([*_sections(report, why=why, width=width), *wrapped(proven(report), width)])
 
 
-def _sections(report: surgery.Report, *, why: bool) -> Iterator[str]:
+def terminal_width() -> int | None:
+    """How wide the terminal is that stdout goes to; None where it goes elsewhere, and lines are left whole."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def wrapped(lines: Iterable[str], width: int | None) -> Iterator[str]:
+    """Sentences in lines of at most `width`; what follows the first one is indented below it."""
+    for line in lines:
+        if width is None or len(line) <= width or "\x1b" in line:  # what is in colour is short
+            yield line
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        yield from textwrap.wrap(line.strip(), width, initial_indent=indent, subsequent_indent=f"{indent}  ")
+
+
+def _sections(report: surgery.Report, *, why: bool, width: int | None) -> Iterator[str]:
     shapes = {row.target: row for row in report.plan.rows}
     for status, (title, means) in _TOLD.items():
-        rows = [row for row in report.rows if row.status == status]
+        rows = [row for row in report.rows if status_of(row) == status]
         if not rows:
             continue
         elements = sum(_elements(shapes[row.name].shape) for row in rows if row.name in shapes)
         size = f", {amount(elements)} parameters" if elements else ""
         yield f"{title}: {len(rows)} tensor{'s' * (len(rows) > 1)}{size}{f' ({means})' if means else ''}"
         if status != "kept" or why:  # of what was there before, the number is enough
-            yield from _indented(_lines(rows, report, why=why))
+            yield from _indented(_lines(rows, report, why=why, width=width and width - 2))
 
 
 def _elements(shape: Sequence[int]) -> int:
@@ -58,7 +85,7 @@ def _elements(shape: Sequence[int]) -> int:
     return count
 
 
-def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool) -> list[str]:
+def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool, width: int | None) -> list[str]:
     """A line for each row, repeated blocks in one; with `why`, the evidence below it."""
     from surgery.fold import Line, Ranges, fold, spell_range
 
@@ -74,18 +101,52 @@ def _lines(rows: Sequence[ReportRow], report: surgery.Report, *, why: bool) -> l
         lines.append(Line(row.name, (said, *evidence), shape))
     folded = fold(lines, ranges)
     shown = [(line.name, str(line.rest), line.texts) for line in folded[: len(folded) if why else _MOST]]
-    names = table([(name, shape) for name, shape, _ in shown]).splitlines()
-    width = max(map(len, names), default=0)
+    cells = [(name, shape, _cut(braced(texts[0]), why)) for name, shape, texts in shown]
     found = []
-    for head, (_, _, texts) in zip(names, shown, strict=True):
-        found.append(f"{head:{width}}  {_cut(braced(texts[0]), why)}".rstrip())
-        found += [f"    {text}" for text in texts[1:] if text]
+    for lines_of, (_, _, texts) in zip(_columns(cells, width), shown, strict=True):
+        found += lines_of
+        found += wrapped([f"    {text}" for text in texts[1:] if text], width)
     if len(folded) > len(shown):
         found.append(f"... and {len(folded) - len(shown)} more; --why shows all")
     used = [name for name in ranges.numbers if any(f"{{{name}" in line for line in found)]
     if used:
         found.append("with " + ", ".join(f"{name} = {spell_range(ranges.numbers[name])}" for name in used))
     return found
+
+
+def _columns(cells: Sequence[tuple[str, str, str]], width: int | None) -> list[list[str]]:
+    """The lines of each row. Where the width is given the last column goes on below itself, and the first two do where
+    they leave it too little room."""
+    if width is None:
+        return [[line] for line in table(cells).splitlines()]
+    from rich.console import Console
+    from rich.table import Table
+
+    most = [max((len(row[column]) for row in cells), default=0) for column in range(2)]
+    first = min(most[0], max(12, width - most[1] - 4 - 30))
+    last = width - first - most[1] - 4
+    console = Console(width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    found = []
+    for row in cells:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=first, overflow="fold")
+        grid.add_column(width=most[1], overflow="fold")
+        grid.add_column(overflow="fold")
+        grid.add_row(_broken(row[0], first), row[1], _broken(row[2], last))
+        with console.capture() as capture:
+            console.print(grid)
+        found.append([line.rstrip() for line in capture.get().splitlines()])
+    return found
+
+
+def _broken(text: str, width: int) -> str:
+    """A text in lines of at most `width` where that can be: broken after a space, or before a dot of a name."""
+    lines = [""]
+    for piece in re.findall(r"\.?[^.\s]+\s*|\s+|\.", text):
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 _NAMES = re.compile(r"(?<=\()[\w./{}:+*-]+(?:, [\w./{}:+*-]+)+(?=, \w+=|\))")

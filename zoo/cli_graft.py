@@ -176,7 +176,8 @@ def verify(
 
     def human() -> str:
         lines = [f"{job.source.ref} -> {job.target}, weights {path}", *account.said(proof)]
-        return "\n".join([*lines, f"{verdict}: {message}" if message else verdict])
+        lines.append(f"{verdict}: {message}" if message else verdict)
+        return "\n".join(account.wrapped(lines, account.terminal_width()))
 
     if page is not None:
         from surgery import Report
@@ -415,12 +416,13 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
     def human() -> str:
         head = out.style(f"{job.source.ref} -> {job.target}", "bold")
         good = _accepted(report, asked, force=bool(wrote))
+        width = account.terminal_width()
         lines = [head, f"from {job.source.located.where}", ""]
         if good or asked.why:
-            lines += [account.render(report, why=asked.why), *(f"  {note}" for note in job.notes)]
+            lines.append(account.render(report, why=asked.why, width=width))
+            lines += account.wrapped([f"  {note}" for note in job.notes], width)
         lines.append(out.style(account.verdict(report), "green" if good else "red"))
-        lines += account.reasons(report)
-        lines += account.candidates(report)
+        lines += account.wrapped([*account.reasons(report), *account.candidates(report)], width)
         lines += [account.counts(report)] if report.rows else []
         lines += [f"{'wrote' if i == 0 else '     '} {path}" for i, path in enumerate(wrote)]
         return "\n".join(lines)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import surgery
     from surgery import TensorInfo
     from surgery.residuals import Depth
-    from surgery.report import ReportRow
 
 _MARK = '<meta name="generator" content="weightzoo">'  # a page with it is ours, and may be replaced
 _SUFFIXES = (".html", ".htm")
@@ -187,11 +186,6 @@ def _json(thing: object) -> str:
 # ---------------------------------------------------------------------------------------------------- both sides
 
 
-def status_of(row: ReportRow) -> str:
-    """How a row ended, in the words of the page: what an approximate or lossy op made is adapted."""
-    return "adapted" if row.kind in ("approximate", "lossy") and row.status in ("filled", "synthesised") else row.status
-
-
 def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
@@ -206,7 +200,7 @@ def _target(report: surgery.Report) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": row.name,
-                "status": status_of(row),
+                "status": account.status_of(row),
                 "kind": row.kind,
                 "type": f"{known.dtype} {_shape(known.shape)}",
                 "expr": row.expr,
@@ -240,7 +234,7 @@ def _accounting(report: surgery.Report, tensors: Mapping[str, TensorInfo]) -> li
     count: Counter[str] = Counter()
     elements: Counter[str] = Counter()
     for row in report.rows:
-        status = status_of(row)
+        status = account.status_of(row)
         count[status] += 1
         shape = planned[row.name].shape if row.name in planned else ()
         if status == "dropped":
@@ -340,7 +334,7 @@ def _plan(report: surgery.Report) -> tuple[list[tuple[str, str, str, str, str]],
     for row in report.rows:
         known = planned.get(row.name)
         type = f"{known.dtype} {_shape(known.shape)}" if known is not None else ""
-        lines.append(Line(row.name, (row.expr or row.note,), (type, status_of(row))))
+        lines.append(Line(row.name, (row.expr or row.note,), (type, account.status_of(row))))
     ranges = Ranges()
     rows = []
     for line in fold(lines, ranges):

@@ -330,3 +330,32 @@ def test_both_files_or_none(run: Run, folder: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_names_that_share_most(text: str, shown: str) -> None:
     assert account.braced(text) == shown
+
+
+# ---------------------------------------------------------------------------------------------------- at a terminal
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_the_account_fits_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Without colour, and names are broken before a dot."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    done = run("graft", REF, "mine.py", "--plan", "mine.graft.toml", "-o", "again.safetensors")
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "\x1b" not in done.out
+    if columns == 80:  # where only the last column is broken, its lines follow each other
+        joined = "".join(line.strip() for line in lines)
+        assert "encoder.layer.{i}.attention.output.LayerNorm.weight" in joined
+    assert any(line.startswith("new: 2 tensors") for line in lines)
+
+
+def test_what_is_adapted_has_a_place_of_its_own() -> None:
+    from tests.zoo import large_report
+
+    report, _ = large_report.make(1)
+    said = account.render(report, width=80).splitlines()
+    assert "adapted: 1 tensor, 461K parameters (by an approximate or lossy op)" in said
+    assert any("pos.weight" in line for line in said[said.index(next(s for s in said if s.startswith("adapted"))) :])
+    assert account.counts(report) == "13 grafted, 1 adapted, 1 made, 1 tied, 1 constant, 1 kept, 2 new, 2 dropped"
+    assert max(map(len, said)) <= 80
