@@ -474,6 +474,7 @@ def _write_page(
         depth=depth,
         no_depth=why,
         wrote=tuple(map(str, wrote or ())),
+        into=into,
         verdict="" if verdict == str(report.verdict) else verdict,
         message=message,
     )

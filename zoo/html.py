@@ -63,6 +63,7 @@ class Told:
     depth: tuple[Depth, ...] = ()
     no_depth: str = ""  # why there is no residual by depth
     wrote: tuple[str, ...] = ()
+    into: str = ""  # the submodule that was grafted into; what was proven names modules from there
     verdict: str = ""  # where it is not the report's own
     message: str = ""
 
@@ -107,7 +108,9 @@ def page(report: surgery.Report, told: Told) -> str:
     """The page of a report."""
     proof = report.proof
     parted = proof.divergence if proof is not None else None
-    module = parted.target_module if parted is not None else None
+    module = None
+    if parted is not None:
+        module = ".".join(name for name in (told.into, parted.target_module) if name)
     verdict = told.verdict or str(report.verdict)
     target, source = _target(report), _source(report, told.tensors)
     number = {tensor["name"]: i for i, tensor in enumerate(source)}

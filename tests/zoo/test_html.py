@@ -209,6 +209,17 @@ def test_a_refutation_has_a_page_with_the_residuals_around_it(run: Run) -> None:
     assert not Path("wrong.safetensors").exists()
 
 
+def test_a_divergence_in_a_submodule_is_found_in_the_whole(run: Run) -> None:
+    wrong = tiny_bert.MINE.replace("F.gelu(", "F.gelu(approximate='tanh', input=")
+    Path("wrong.py").write_text(wrong)
+    Path("pair.py").write_text(tiny_bert.PAIR.replace("from mine", "from wrong"))
+    done = run("graft", REF, "pair.py", "--into", "left", "--html", "report.html", "--json")
+    assert done.status == 1
+    where = f"left.{done.json['proof']['divergence']['target_module']}"
+    assert f'data-module="{where}"' in Path("report.html").read_text()
+    assert "◆ first divergence" in Path("report.html").read_text()
+
+
 def test_verify_writes_a_page_of_each_pass(run: Run) -> None:
     done = run("verify", REF, "mine.py", "--on", "cpu/bfloat16", "--on", "cuda/float16", "--html", "v.html", "-q")
     assert (done.status, done.out) == (0, "proven\n"), done.err
