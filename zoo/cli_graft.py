@@ -20,8 +20,8 @@ from zoo.out import Out
 
 if TYPE_CHECKING:
     import surgery
-    from surgery.residuals import Depth
     from surgery.proof import Proof
+    from surgery.residuals import Depth
     from zoo.attempts import Attempt
     from zoo.resolving import Source
     from zoo.target import Target

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.residuals import by_depth
 from surgery.plan import Plan
+from surgery.residuals import by_depth
 
 
 class Theirs(nn.Module):

@@ -6,11 +6,11 @@ import math
 import random
 
 from surgery import TensorInfo
-from surgery.residuals import Depth, Point
 from surgery.expr import parse
 from surgery.plan import Dropped, Plan, Row, Status
 from surgery.proof import Divergence, PassResult, Proof
 from surgery.report import Report
+from surgery.residuals import Depth, Point
 from zoo.html import Told
 
 ODD = "<script>alert(1)</script>.\"odd\" & 'x'"  # names come from files that strangers wrote
