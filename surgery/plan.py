@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.errors import PlanError
-from surgery.expr import Expr, infer, names
+from surgery.expr import Call, Expr, Name, infer, names
 from surgery.ops import show
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Status(StrEnum):
     NEW = "new"  # freshly initialised, named as such
 
 
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _COMPUTED = (Status.FILLED, Status.SYNTHESISED)
 
 
@@ -292,6 +293,41 @@ class Plan:
         for name, info in source.items():
             if name not in used and name not in dropped:
                 yield _Problem(f"source tensor {name}, shape {show(tuple(info.shape))}, is neither used nor dropped")
+
+    def inverted(self, source: Checkpoint | Mapping[str, TensorInfo], *, rounding: bool = False) -> Plan:
+        """The plan that makes the source again from what this plan wrote, bit for bit, in the source's own types and in
+        the order of its tensors. PlanError, which lists each tensor and why, where one of `source` cannot be had back:
+        it was dropped, went through an op that is not exact, was stored in a type that does not hold it, or the rows
+        hold only a part of it. A dropped tensor that is a copy of a used one comes back, where `source` has bytes to
+        tell it by. What the target has beyond the source is dropped, and says so.
+
+        `source` is what this plan reads: a checkpoint, or its names, shapes and types. With `rounding`, an adapter that
+        a rule merged is taken out again, within rounding; the inverse then reads the adapter beside the result.
+        """
+        from surgery.inverted import inverted
+
+        return inverted(self, source, rounding=rounding)
+
+    def stored_as(self, dtype: str, source: Mapping[str, TensorInfo]) -> Plan:
+        """The same plan with every floating-point tensor stored as `dtype` ("BF16", "F16", "F32", "F64"): a row that
+        the cast changes says so by the op. The verdict was of other rows and is not kept; a note says which it was."""
+        if dtype not in _FLOATS:
+            raise PlanError(f"{dtype!r} is no type to store weights in", hint=f"One of {', '.join(_FLOATS)}.")
+
+        def stored(row: Row) -> Row:
+            if row.dtype not in _FLOATS or row.dtype == dtype:
+                return row
+            plain = isinstance(row.expr, Name) and source[row.expr.name].dtype == dtype
+            if row.expr is None or plain:
+                return replace(row, dtype=dtype)
+            return replace(row, dtype=dtype, expr=Call("cast", (row.expr,), (("dtype", dtype),)))
+
+        rows = tuple(stored(row) for row in self.rows)
+        if rows == self.rows:
+            return self
+        was = f"; before that it was {self.verdict}" if self.verdict not in (None, STALE) else ""
+        note = f"cast to {dtype} where it is written{was}"
+        return replace(self, rows=rows, notes=(*self.notes, note), verdict=None, verdict_for=None, proven=())
 
     def __str__(self) -> str:
         """The plan as the file has it."""

@@ -1,15 +1,19 @@
-"""A checkpoint in several files: an index names the file of each tensor. Every promise of the index is checked."""
+"""A checkpoint in several files: an index names the file of each tensor.
+
+Reading, every promise of the index is checked. Writing, files are filled, named and indexed as huggingface_hub does it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from surgery.errors import CheckpointError
 from surgery.memory import as_in_file, wrapped_by
-from surgery.reader import Reader, Span, unreadable
+from surgery.reader import Reader, Span, TensorInfo, unreadable
 from surgery.safetensors_format import DuplicateKey, unique_keys
 
 if TYPE_CHECKING:
@@ -95,3 +99,62 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _listed(items: list[str]) -> str:
     more = len(items) - _SHOWN
     return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]B)", re.ASCII | re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, of a number or of a text as in "2GB"; units are powers of ten, as huggingface_hub has them.
+
+    >>> parse_size("1.5MB")
+    1500000
+    """
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size.strip())
+        size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if size < 1:
+        raise CheckpointError(
+            "the size of a file has to be a number of bytes, 1 or more", hint='as in "2GB" or "500MB"'
+        )
+    return size
+
+
+def split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """The names file by file, in their order: a file is closed when the next tensor would take it over `limit` bytes,
+    and a tensor that alone takes more has a file of its own (the rule of huggingface_hub's
+    split_state_dict_into_shards_factory; the two are tested against each other)."""
+    if limit is None:
+        return [list(sizes)]
+    closed: list[list[str]] = []
+    current: list[str] = []
+    used = 0
+    for name, size in sizes.items():
+        if size > limit:
+            closed.append([name])
+            continue
+        if used + size > limit:
+            closed.append(current)
+            current, used = [], 0
+        current.append(name)
+        used += size
+    return [*closed, current] if current or not closed else closed
+
+
+def paths(path: Path, count: int) -> list[Path]:
+    """model.safetensors; or model-00001-of-00002.safetensors, ... and, last, model.safetensors.index.json."""
+    if count == 1:
+        return [path]
+    several = [path.with_name(f"{path.stem}-{n:05d}-of-{count:05d}{path.suffix}") for n in range(1, count + 1)]
+    return [*several, path.with_name(f"{path.name}.index.json")]
+
+
+def index(groups: Sequence[Sequence[str]], infos: Mapping[str, TensorInfo], files: Sequence[Path]) -> bytes:
+    """The index, as huggingface_hub and transformers write it: where each tensor is, and the bytes of all."""
+    held = {
+        "metadata": {"total_size": sum(infos[name].nbytes for group in groups for name in group)},
+        "weight_map": {name: file.name for group, file in zip(groups, files, strict=False) for name in group},
+    }
+    return (json.dumps(held, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

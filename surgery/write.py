@@ -1,8 +1,8 @@
 """Write safetensors: a plan from file to file, or tensors from memory. Whole or not at all.
 
 A plan is run row by row in the order of the source's bytes, without building the target. A row that only renames is
-copied from file to file by the system; of all others one is in memory at a time. The file is written beside its place
-and renamed into it when it is complete and on the disk.
+copied from file to file by the system; of all others one is in memory at a time. Each file is written beside its place
+and renamed into it when all are complete and on the disk.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from surgery import checkpoint, dtypes
+from surgery import checkpoint, dtypes, shards
 from surgery.checkpoint import Checkpoint, raw_bytes
 from surgery.errors import CheckpointError, PlanError
 from surgery.expr import Name, evaluate, evaluate_unrounded, kind
@@ -40,15 +40,27 @@ def write(
     *,
     base: str | os.PathLike[str] | Mapping[str, Tensor] | Checkpoint | None = None,
     metadata: Mapping[str, str] | None = None,
+    order: Literal["source", "rows"] = "source",
+    like: str | os.PathLike[str] | Checkpoint | None = None,
+    shard_size: int | str | None = None,
 ) -> Path:
     """Run a plan from file to file and return the path of the file written, a .safetensors.
 
     Tied tensors are written under every name. Rows that the source does not fill (new, kept, constant) are taken from
-    `base`: a checkpoint, or the target's own state dict. PlanError where the plan does not fit the source or the base;
-    then, as after any error, nothing is left behind and a file that was there before is as it was.
+    `base`: a checkpoint, or the target's own state dict. An adapter that a rule of the plan merges is read beside the
+    source. PlanError where the plan does not fit the source or the base; then, as after any error, nothing is left
+    behind and a file that was there before is as it was.
+
+    `order` is that of the tensors in the file: as their bytes lie in the source, or as the plan has its rows; in both,
+    larger types come first, so that every tensor is aligned. `like` is a .safetensors with the same names: the order
+    of its tensors and its metadata are taken as they are, so that a plan's inverse writes the very file that the plan
+    read, byte for byte. What a safetensors file holds beside these is nothing but the tensors themselves.
+
+    `shard_size`, in bytes or as in "2GB" (10^9 bytes), splits the result as huggingface_hub does: OUT-00001-of-0000N
+    and so on, and OUT.safetensors.index.json, whose path is returned. What fits into one file is written as one.
     """
     path = _checked_out(out)
-    opened = checkpoint.open(source)
+    opened = _with_adapters(checkpoint.open(source), plan)
     plan.check(opened, {row.target: _info(row) for row in plan.rows})
     own = None if base is None else checkpoint.open(base)
     _check_base(plan, own)
@@ -60,8 +72,19 @@ def write(
             pieces[key].names.append(row.target)
         else:
             pieces[key] = _piece(row, origin, opened, own)
-    _write(path, sorted(pieces.values(), key=lambda piece: piece.order), metadata)
-    return path
+    ordered = sorted(pieces.values(), key=lambda piece: piece.order)
+    model = None if like is None else checkpoint.open(like)
+    if model is not None:
+        names = _names_of(model, plan)
+    elif order == "rows":
+        # stable: within a type as the rows stand
+        names = [row.target for row in sorted(plan.rows, key=lambda row: -dtypes.bits(row.dtype))]
+    else:
+        names = [name for piece in ordered for name in piece.names]
+    # "pt": loaders refuse a file that does not say for which library its layout is.
+    said = {"format": "pt"} if model is None else dict(model.metadata)
+    limit = None if shard_size is None else shards.parse_size(shard_size)
+    return _write(path, ordered, names, {**said, **(metadata or {})}, limit)
 
 
 def save(
@@ -82,8 +105,9 @@ def save(
             raise CheckpointError(
                 f"{piece.names[0]}: safetensors has no type for {piece.info.dtype}", hint="Convert it before saving."
             )
-    _write(path, sorted(pieces, key=lambda piece: piece.order), metadata)
-    return path
+    ordered = sorted(pieces, key=lambda piece: piece.order)
+    names = [piece.names[0] for piece in ordered]
+    return _write(path, ordered, names, {"format": "pt", **(metadata or {})}, None)
 
 
 def row_value(row: Row, read: Callable[[str], Tensor], dtype_of: Callable[[str], str]) -> Tensor:
@@ -108,6 +132,29 @@ class _Piece:
     span: Span | None
     value: Callable[[], Tensor]
     order: tuple[int, int, int]
+
+
+def _with_adapters(source: Checkpoint, plan: Plan) -> Checkpoint:
+    if not any(rule.startswith("merge_lora(") for rule in plan.rules):
+        return source
+    from surgery.lora import joined_by
+    from surgery.rules import checked
+
+    return joined_by(source, checked(plan.rules))
+
+
+def _names_of(model: Checkpoint, plan: Plan) -> list[str]:
+    strange = [name for name in model if name not in plan.by_target]
+    absent = [name for name in plan.by_target if name not in model]
+    if strange or absent:
+        said = "; ".join(
+            f"{what} {_listed(names)}" for what, names in (("it has", strange), ("it lacks", absent)) if names
+        )
+        raise PlanError(
+            f"{model.source} does not have the tensors that the plan makes: {said}",
+            hint="Give as `like` a file of the very names that are to be written.",
+        )
+    return list(model)
 
 
 def _piece(row: Row, origin: Row, source: Checkpoint, base: Checkpoint | None) -> _Piece:
@@ -213,49 +260,94 @@ def _stored(value: Tensor, row: Row) -> Tensor:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, pieces: Sequence[_Piece], metadata: Mapping[str, str] | None) -> None:
-    entries = [(name, piece.info) for piece in pieces for name in piece.names]
-    with _beside(path) as file:
-        # "pt": loaders refuse a file that does not say for which library its layout is.
-        _put(file, memoryview(header_bytes(entries, {"format": "pt", **(metadata or {})})))
+def _write(
+    path: Path, pieces: Sequence[_Piece], names: Sequence[str], metadata: Mapping[str, str], limit: int | None
+) -> Path:
+    """Write the pieces, in the order of their sources, to where `names` has them; and give the path of what to open."""
+    infos = {name: piece.info for piece in pieces for name in piece.names}
+    groups = shards.split({name: infos[name].nbytes for name in names}, limit)
+    paths = shards.paths(path, len(groups))
+    places: dict[str, tuple[int, int]] = {}
+    headers = []
+    for number, group in enumerate(groups):
+        headers.append(header_bytes([(name, infos[name]) for name in group], metadata))
+        offset = len(headers[-1])
+        for name in group:
+            places[name] = number, offset
+            offset += infos[name].nbytes
+    with _beside(paths) as files:
+        for file, header in zip(files, headers, strict=False):  # the index, where there is one, has none
+            _put(file, memoryview(header))
         for piece in pieces:
-            if piece.span is not None:
-                for _ in piece.names:
-                    _copy(piece.span, file)
-                continue
-            # One name after the other, so that no more than this one value is held.
-            data = raw_bytes(piece.value(), piece.names[0])
-            if len(data) != piece.info.nbytes:
-                raise PlanError(
-                    f"{piece.names[0]}: its value takes {len(data):,} bytes, the plan gives {piece.info.nbytes:,}"
-                )
-            for _ in piece.names:
-                _put(file, data)
-            del data
+            data = None if piece.span is not None else _bytes_of(piece)
+            for name in piece.names:
+                number, offset = places[name]
+                files[number].seek(offset)
+                if data is not None:
+                    _put(files[number], data)
+                elif piece.span is not None:
+                    _copy(piece.span, files[number])
+            del data  # no more than one value is held
+        if len(groups) > 1:
+            _put(files[-1], memoryview(shards.index(groups, infos, paths)))
+    return paths[-1]
+
+
+def _bytes_of(piece: _Piece) -> memoryview:
+    data = raw_bytes(piece.value(), piece.names[0])
+    if len(data) != piece.info.nbytes:
+        raise PlanError(f"{piece.names[0]}: its value takes {len(data):,} bytes, the plan gives {piece.info.nbytes:,}")
+    return data
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[FileIO]:
-    """A new file beside `path`, which it replaces on success; gone after any error, an interrupt too."""
-    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(6)}.part")
+def _beside(paths: Sequence[Path]) -> Iterator[list[FileIO]]:
+    """New files beside `paths`, which they replace on success, all or none; gone after any error, an interrupt too."""
+    fresh = [path.with_name(f".{path.name[:80]}.{secrets.token_hex(6)}.part") for path in paths]
+    # Not tempfile, which would deny others the reading of what comes to be an ordinary file.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        # Not tempfile, which would deny others the reading of what comes to be an ordinary file.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        file = FileIO(os.open(temporary, flags, 0o666), "wb")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        with file:
-            yield file
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with ExitStack() as stack:
+            files = [stack.enter_context(FileIO(os.open(new, flags, 0o666), "wb")) for new in fresh]
+            yield files
+            for file in files:
+                os.fsync(file.fileno())
+        _replace(fresh, paths)
     except BaseException as error:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        for new in fresh:
+            with suppress(OSError):  # it is not there, or the path cannot be at all
+                new.unlink()
         if isinstance(error, OSError):
-            raise _unwritable(path, error) from error
+            raise _unwritable(paths[-1], error) from error
         raise
-    _sync_folder(path.parent)
+    _sync_folder(paths[-1].parent)
+
+
+def _replace(fresh: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Rename all, or none: of several, those that were there before are moved aside until the last is in its place."""
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for new, path in zip(fresh, paths, strict=True):
+            old = new.with_suffix(".old") if len(paths) > 1 and path.exists() else None
+            if old is not None:
+                os.replace(path, old)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                if old is not None:
+                    os.replace(old, path)
+                raise
+            done.append((path, old))
+    except BaseException:
+        for path, old in reversed(done):
+            if old is None:
+                path.unlink()
+            else:
+                os.replace(old, path)
+        raise
+    for _, old in done:
+        if old is not None:
+            old.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
