@@ -19,7 +19,7 @@ from surgery import rules as rules_of
 from surgery.checkpoint import Checkpoint
 from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError
-from surgery.expr import kind, names, substituted
+from surgery.expr import Name, evaluate, kind, names, substituted
 from surgery.plan import STALE, Plan
 from surgery.rules import Derivation, Reshape, Rule, RuleError
 
@@ -46,11 +46,18 @@ class Prepared:
     def of(cls, base: Checkpoint, probe: Probe | None, rules: Iterable[object]) -> Prepared:
         """RuleError where a rule does not fit the source."""
         given = rules_of.checked(rules)
+        adapted = any(isinstance(rule, rules_of.MergeLora) for rule in given)
+        if adapted:
+            from surgery.lora import joined
+
+            base = joined(base, given)
         made = rules_of.derivation(base, given)
         reshapes = [rule for rule in given if isinstance(rule, Reshape)]
         if not made.changes and not reshapes:
             return cls(base, base, probe, given, None)
         source = derive(base, made.rows)
+        if probe is not None and adapted:
+            probe = replace(probe, reference=with_adapters(probe.reference, base, given))
         if probe is not None and made.selected:
             before = derive(base, rules_of.derivation(base, [r for r in given if not _selects(r)]).rows)
             module = probe.reference
@@ -162,6 +169,28 @@ def _reshape(rule: Reshape, probe: Probe) -> Reshaped:
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
+def with_adapters(reference: nn.Module, base: Checkpoint, rules: Sequence[Rule]) -> nn.Module:
+    """The reference with the adapters merged: a copy of it, where it holds the weights of the source as it was; itself
+    where it holds the merged ones already. That it holds either is checked as of any reference."""
+    from torch import no_grad
+
+    from surgery.link import link
+    from surgery.running import own_tensors
+
+    rows = rules_of.derivation(base, [rule for rule in rules if isinstance(rule, rules_of.MergeLora)]).rows
+    changed = {name for name, expr in rows.items() if expr != Name(name)}
+    before = base.view(list(rows))
+    links = {live: expr for live, expr in link(reference, before).items() if changed.intersection(names(expr))}
+    if not links:
+        return reference
+    merged, copied = derive(base, rows), copy.deepcopy(reference)
+    own = own_tensors(copied)
+    with no_grad():
+        for live, expr in links.items():
+            own[live].copy_(evaluate(expr, merged.read))
+    return copied
+
+
 def without_blocks(reference: nn.Module, source: Checkpoint, stack: str, keep: Sequence[int]) -> nn.Module:
     """The reference with only these blocks of a stack of the source, in this order. Its tensors are shared, not copied.
 

@@ -11,8 +11,8 @@ A file holds the same, a rule a line, `#` begins a comment:
     select_layers([0, 2, 4])
     drop("pooler.*", why="my model pools by mean")
 
-Rules that change tensors (resize, derive, select_layers) make a derived checkpoint, which is then mapped and proven;
-rules that leave tensors alone (drop, init) act on the plan that was found.
+Rules that change tensors (resize, derive, select_layers, merge_lora) make a derived checkpoint, which is then mapped
+and proven; rules that leave tensors alone (drop, init) act on the plan that was found.
 """
 
 from __future__ import annotations
@@ -106,6 +106,18 @@ class Without(Rule):
     name: str
     why: str
     implied: bool = True
+
+
+@dataclass(frozen=True)
+class MergeLora(Rule):
+    """An adapter that is merged into the source's weights; its tensors stand beside them, their names after `name:`."""
+
+    path: str
+    name: str = "lora"
+
+    def __str__(self) -> str:
+        named = f", name={_text(self.name)}" if self.name != "lora" else ""
+        return f"merge_lora({_text(self.path)}{named})"
 
 
 @dataclass(frozen=True)
@@ -233,6 +245,20 @@ def _widths(word: str, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sizes.items())
 
 
+def merge_lora(path: str | os.PathLike[str], *, name: str = "lora") -> Rule:
+    """Merge an adapter that PEFT wrote (its folder: adapter_model.safetensors and adapter_config.json) into the source
+    before it is mapped. Rows then read `lora_merge(W, lora:X.lora_B.weight, lora:X.lora_A.weight, scale=...)`: the
+    adapter's tensors are sources like all others, their names after `name:`. What PEFT trained whole (modules_to_save,
+    biases) takes the source's place. A second adapter needs another `name`. A DoRA adapter is a RuleError.
+
+    >>> print(merge_lora("adapter/"))
+    merge_lora("adapter/")
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise RuleError(f"merge_lora: {name!r} cannot name an adapter", hint='A word, as in name="style".')
+    return MergeLora(os.fspath(path), name)
+
+
 def drop(pattern: str, *, why: str) -> Rule:
     """Use no source tensor that `pattern` matches (a glob): what would have been filled from one stays new.
 
@@ -260,8 +286,8 @@ def _reason(rule: str, pattern: str, why: str) -> str:
 _WORDS: Mapping[str, Callable[..., Rule]] = {
     each.__name__: each
     for each in (
-        *(clone_width, derive, drop, init, insert_identity_blocks, mha_to_gqa, prune_heads, resize),
-        *(select_layers, shrink, widen),
+        *(clone_width, derive, drop, init, insert_identity_blocks, merge_lora, mha_to_gqa),
+        *(prune_heads, resize, select_layers, shrink, widen),
     )
 }
 
@@ -339,12 +365,14 @@ class Derivation:
 
 
 def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
-    """What the rules make of the source, in the order in which they stand. RuleError where one does not fit."""
-    rows: dict[str, Expr] = {name: Name(name) for name in source}
+    """What the rules make of the source, in the order in which they stand, adapters first: they speak of the source as
+    it is. RuleError where one does not fit."""
+    beside = tuple(f"{rule.name}:" for rule in rules if isinstance(rule, MergeLora))
+    rows: dict[str, Expr] = {name: Name(name) for name in source if not name.startswith(beside)}
     why: dict[str, str] = {}
     selected: list[tuple[str, tuple[int, ...]]] = []
     notes: list[str] = []
-    for rule in rules:
+    for rule in sorted(rules, key=lambda rule: not isinstance(rule, MergeLora)):
         if isinstance(rule, Derive):
             rows[rule.name] = substituted(_known(rule, rows), rows)
         elif isinstance(rule, Resize):
@@ -353,6 +381,12 @@ def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
         elif isinstance(rule, Without):
             rows.pop(rule.name)
             why[rule.name] = rule.why
+        elif isinstance(rule, MergeLora):
+            from surgery import lora
+
+            rows, gone, note = lora.merge(rule, rows, source)
+            why.update(gone)
+            notes.append(note)
         elif isinstance(rule, SelectLayers):
             stack, count = _stack(rule, rows)
             rows, gone = _selected(rule, stack, count, rows)
