@@ -54,7 +54,7 @@ def write(
     `order` is that of the tensors in the file: as their bytes lie in the source, or as the plan has its rows; in both,
     larger types come first, so that every tensor is aligned. `like` is a .safetensors with the same names: the order
     of its tensors and its metadata are taken as they are, so that a plan's inverse writes the very file that the plan
-    read, byte for byte. What a safetensors file holds beside these is nothing but the tensors themselves.
+    read, byte for byte. A safetensors file holds nothing else but names, shapes, types and bytes.
 
     `shard_size`, in bytes or as in "2GB" (10^9 bytes), splits the result as huggingface_hub does: OUT-00001-of-0000N
     and so on, and OUT.safetensors.index.json, whose path is returned. What fits into one file is written as one.
