@@ -61,12 +61,14 @@ def graft(
     require: str = "consistent",
     allow_different: Sequence[str] = (),
     kept: Iterable[str] = (),
+    fill: bool = True,
 ) -> Report:
     """Plan (unless a plan is given), prove where there is a probe, and write the values into `target`.
 
     The report speaks of all of `target`'s tensors, by their full names, also with `into`. A verdict below `require`
     raises a GraftError that carries the report, and leaves the target as it was: values, types, device, flags, hooks.
-    Tensors on the meta device are assigned; others are copied into, so that ties and optimizers hold.
+    Tensors on the meta device are assigned; others are copied into, so that ties and optimizers hold. With
+    `fill=False` all is done but that: the target stays as it was, and the report's plan is for surgery.write.
     """
     from surgery import apply
     from surgery.judge import untouched_generators
@@ -101,10 +103,11 @@ def graft(
             raise _refusal(report, needed)
         if not fits:
             found.check(made.base, infos(module))
-        apply.write(module, apply.stage(found, made.base, module))
-        done = {r.target for r in found.rows if r.status in (Status.FILLED, Status.SYNTHESISED, Status.CONSTANT)}
-        done |= {r.target for r in found.rows if r.tied_to in done}
-        apply.remember(module, frozenset(done))
+        if fill:
+            apply.write(module, apply.stage(found, made.base, module))
+            done = {r.target for r in found.rows if r.status in (Status.FILLED, Status.SYNTHESISED, Status.CONSTANT)}
+            done |= {r.target for r in found.rows if r.tied_to in done}
+            apply.remember(module, frozenset(done))
     return report
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zoo.target import Target
 
 _REQUIRE = ("proven", "adapted", "consistent")
+_FILING = ("to_file", "invert", "dtype", "shard_size")  # the fields of zoo.to_file.Filing
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Asked:
     shrink: bool = False
 
 
-def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
+def _asks(function: Callable[..., Any], *, required: bool = True) -> Callable[..., Any]:
     """The arguments and options of plan and graft, gathered in one `Asked`."""
 
     @click.argument("ref")
-    @click.argument("file", metavar="FILE[:CLASS]")
+    @click.argument("file", metavar="FILE[:CLASS]" if required else "[FILE[:CLASS]]", required=required, default="")
     @click.option("--part", help="The same as REF#PART.")
     @click.option("--revision", help="The same as REF@REVISION.")
     @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="An argument of your class; repeatable.")
@@ -78,7 +79,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--why", is_flag=True, help="Show every row, with its evidence.")
     @wraps(function)
     def wrapped(out: Out, **options: Any) -> Any:
-        own = {name: options.pop(name) for name in ("output", "force", "html") if name in options}
+        own = {name: options.pop(name) for name in ("output", "force", "html", *_FILING) if name in options}
         return function(out, Asked(**options), **own)
 
     return wrapped
@@ -99,32 +100,42 @@ def plan(out: Out, asked: Asked) -> int:
 
 
 @command("graft", "Fill your module with pretrained weights, prove it, and write them beside it.")
-@_asks
+@partial(_asks, required=False)
 @click.option("-o", "--output", metavar="OUT.safetensors", help="Where to; the plan is written beside it.")
 @click.option("--force", is_flag=True, help="Write although the answer is no.")
 @click.option("--html", metavar="REPORT.html", help="Write the report as a page too, whatever the answer is.")
-def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | None) -> int:
-    from zoo import written
+@click.option("--to-file", is_flag=True, help="From file to file, filling no model; with --plan FILE may be left out.")
+@click.option("--invert", metavar="LIKE", help="The way back: REF is what --plan wrote, LIKE has what it read.")
+@click.option("--dtype", type=click.Choice(("BF16", "F16", "F32", "F64"), case_sensitive=False), help="Cast to it.")
+@click.option("--shard-size", metavar="2GB", help="Split what is written, and write an index.")
+def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | None, **filing: Any) -> int:
+    from zoo import to_file, written
 
+    files = to_file.Filing(**filing)
+    files.check(asked, output)
     weights = written.destination(output, asked.file)
-    written.check_free(weights, asked.plan)
+    written.check_free(weights, asked.plan, shards=files.shard_size is not None)
+    if files.to_file and asked.plan is not None:
+        return to_file.convert(out, asked, files, weights, force=force)
     page = _page_for(html)
-    job = _prepare(out, asked)
+    job = replace(_prepare(out, asked), fill=not files.to_file)
     _wait(out, job)
     report, job = _operate(job, asked, force=force)
     good = _accepted(report, asked, force=force)
-    wrote = []
-    if good:
+    wrote: list[Path] = []
+    if good and files.to_file:
+        report, wrote = to_file.written_by(asked, files, job.source, report, job.target.model, weights)
+    elif good:
         wrote = written.write(job.target.model, report.plan, weights, verdict=str(report.verdict))
     if page is not None:
         _write_page(page, job, report, asked.into, wrote=wrote)
     _tell(out, job, asked, report, wrote)
     if page is not None:
         out.note(f"the report is {page}")
-    if good:
+    if good and wrote[0] == weights:
         name = weights.name if weights.parent == Path() else weights
         out.hint(f'model.load_state_dict(safetensors.torch.load_file("{name}"))')
-    else:
+    elif not good:
         _remedies(out, asked, report)
     return 0 if good else NO
 
@@ -237,6 +248,7 @@ class Job:
     notes: tuple[str, ...] = ()
     plan: surgery.Plan | None = None  # the one to apply, where one was given
     way: Attempt | None = None  # the one that it went, once it is done
+    fill: bool = True  # in memory; else what is written goes from file to file
 
 
 def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
@@ -359,7 +371,7 @@ def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, lea
     from zoo.grafting import operate
 
     try:
-        return operate(job.source, job.target.model, way, plan=given, into=asked.into, require=least)
+        return operate(job.source, job.target.model, way, plan=given, into=asked.into, require=least, fill=job.fill)
     except surgery.GraftError as error:
         if error.report is None:
             raise

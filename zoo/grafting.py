@@ -30,21 +30,29 @@ def operate(
     plan: surgery.Plan | None = None,
     into: str = "",
     require: str = "consistent",
+    fill: bool = True,
 ) -> surgery.Report:
     """surgery.graft, for a reference that may answer for more than the target has.
 
     A whole model gives a pooled vector as well; a target without a pooler is proven on the rest. An output is let go
-    only where all that it alone depends on was dropped.
+    only where all that it alone depends on was dropped. Without `fill` the model stays as it was.
     """
     import surgery
 
     source.hashing()
     try:
         report = surgery.graft(
-            source.checkpoint, model, probe=attempt.probe, plan=plan, rules=attempt.rules, into=into, require=require
+            source.checkpoint,
+            model,
+            probe=attempt.probe,
+            plan=plan,
+            rules=attempt.rules,
+            into=into,
+            require=require,
+            fill=fill,
         )
     except surgery.GraftError as error:
-        report = _on_the_rest(source, model, attempt, error, into, require)
+        report = _on_the_rest(source, model, attempt, error, into, require, fill)
     report = _costed(source, attempt, report)
     if attempt.narrowed:
         report = replace(report, plan=replace(report.plan, notes=(*report.plan.notes, attempt.narrowed)))
@@ -69,6 +77,7 @@ def _on_the_rest(
     error: surgery.GraftError,
     into: str,
     require: str,
+    fill: bool,
 ) -> surgery.Report:
     """The graft again by the plan that was found, proven on the outputs that the target has; or the error."""
     import surgery
@@ -82,7 +91,7 @@ def _on_the_rest(
         raise error
     less, found = with_outputs(probe, kept), replace(report.plan, diagnosis="")
     again = surgery.graft(
-        source.checkpoint, model, probe=less, plan=found, rules=attempt.rules, into=into, require=require
+        source.checkpoint, model, probe=less, plan=found, rules=attempt.rules, into=into, require=require, fill=fill
     )
     note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
     return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     import surgery
+    from surgery.plan import Row
     from zoo.resolving import Source
 
 SUFFIX = ".safetensors"
@@ -43,7 +45,8 @@ def destination(output: str | None, file: str) -> Path:
         return split(file)[0].with_suffix(SUFFIX)
     path = Path(output)
     if path.is_dir():
-        raise ZooError(f"{path} is a folder", kind="file", hint=f"name the file: {path / split(file)[0].stem}{SUFFIX}")
+        stem = split(file)[0].stem if file else "model"
+        raise ZooError(f"{path} is a folder", kind="file", hint=f"name the file: {path / stem}{SUFFIX}")
     if path.suffix != SUFFIX:
         raise ZooError(
             f"{path}: weights are written as safetensors, and only so", hint=f"name it {path.with_suffix(SUFFIX)}"
@@ -53,11 +56,19 @@ def destination(output: str | None, file: str) -> Path:
     return path
 
 
-def check_free(weights: Path, plan: str | None) -> None:
-    """Refuse to write over what is not an earlier graft's, before anything is done. `plan` is the one to be applied."""
+def check_free(weights: Path, plan: str | None, *, shards: bool = False) -> None:
+    """Refuse to write over what is not an earlier graft's, before anything is done. `plan` is the one to be applied.
+    Shards are written where no file of a checkpoint is: which would be left over is not known before."""
     import surgery
 
     beside = plan_beside(weights)
+    there = of_checkpoint(weights) if shards else []
+    if there:
+        raise ZooError(
+            f"{there[0]} is there, and shards are not written over or beside another checkpoint",
+            kind="file",
+            hint="choose another name with -o, or move it away",
+        )
     for path in (weights, beside):
         if path.exists() and not path.is_file():
             raise ZooError(f"{path} is in the way, and no file", kind="file", hint="choose another name with -o")
@@ -88,6 +99,69 @@ def write(model: nn.Module, plan: surgery.Plan, weights: Path, *, verdict: str) 
     """Both files, or neither: each is written beside its place and renamed into it."""
     from surgery.write import save
 
+    return _both(lambda path: save(model.state_dict(), path, metadata=_metadata(verdict)), plan, weights)
+
+
+def write_to_file(
+    source: surgery.Checkpoint,
+    plan: surgery.Plan,
+    weights: Path,
+    *,
+    verdict: str,
+    base: Mapping[str, Tensor] | surgery.Checkpoint | None,
+    like: surgery.Checkpoint | None,
+    shard_size: str | None,
+) -> list[Path]:
+    """The same by running the plan from file to file, in the same order and with the same metadata; or as another file
+    has them. In shards, the first path is that of the index."""
+    import surgery
+
+    metadata = None if like is not None else _metadata(verdict)
+    if shard_size is None:
+        return _both(
+            lambda path: surgery.write(source, plan, path, base=base, metadata=metadata, order="rows", like=like),
+            plan,
+            weights,
+        )
+    before = set(of_checkpoint(weights))
+    beside = plan_beside(weights)
+    fresh = beside.with_name(f".{secrets.token_hex(4)}-{beside.name}")
+    try:
+        plan.save(fresh)
+        first = surgery.write(
+            source, plan, weights, base=base, metadata=metadata, order="rows", like=like, shard_size=shard_size
+        )
+        try:
+            os.replace(fresh, beside)
+        except OSError:
+            for path in set(of_checkpoint(weights)) - before:
+                path.unlink()
+            raise
+    finally:
+        fresh.unlink(missing_ok=True)
+    return [first, *(path for path in of_checkpoint(weights) if path != first), beside]
+
+
+def of_checkpoint(weights: Path) -> list[Path]:
+    """The files that there are of a checkpoint: x.safetensors, its shards x-00001-of-00002.safetensors, its index."""
+    stem = re.escape(weights.name.removesuffix(SUFFIX))
+    known = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    return sorted(path for path in weights.parent.iterdir() if known.fullmatch(path.name))
+
+
+def info(row: Row) -> surgery.TensorInfo:
+    """What a file will hold of a row."""
+    import surgery
+    from surgery import dtypes
+
+    return surgery.TensorInfo(row.shape, row.dtype, dtypes.nbytes(row.dtype, row.shape) or 0)
+
+
+def _metadata(verdict: str) -> dict[str, str]:
+    return {"format": "pt", _MARK: f"grafted; {verdict}"}
+
+
+def _both(make: Callable[[Path], Path], plan: surgery.Plan, weights: Path) -> list[Path]:
     beside = plan_beside(weights)
     mark = secrets.token_hex(4)
     fresh = [path.with_name(f".{mark}-{path.name}") for path in (weights, beside)]
@@ -95,7 +169,7 @@ def write(model: nn.Module, plan: surgery.Plan, weights: Path, *, verdict: str) 
     try:
         if old is not None:
             fresh[1].write_bytes(old)  # so that a person's comments in it stay
-        save(model.state_dict(), fresh[0], metadata={"format": "pt", _MARK: f"grafted; {verdict}"})
+        make(fresh[0])
         plan.save(fresh[1])
         os.replace(fresh[1], beside)
         try:
@@ -169,8 +243,10 @@ def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
     from surgery import open
     from surgery.checkpoint import raw_bytes
     from surgery.write import row_value
+    from zoo.to_file import beside
 
-    plan, checkpoint = made.plan, source.checkpoint
+    plan = made.plan
+    checkpoint = beside(source.checkpoint, plan)
     found = []
     target = open(model.state_dict())
     plan.check(checkpoint, target)

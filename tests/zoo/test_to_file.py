@@ -1,0 +1,276 @@
+"""zoo graft --to-file: the same bytes as in memory; conversions without a Python file, and back; types, shards,
+adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from tests import tiny_bert
+from tests.zoo.conftest import Done
+from zoo import cli, target
+
+transformers = pytest.importorskip("transformers")
+
+REF = "file:tiny#encoder"
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def grafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a graft was run, in memory."""
+    folder = tmp_path_factory.mktemp("grafted")
+    tiny_bert.save(folder / "tiny")
+    (folder / "mine.py").write_text(tiny_bert.MINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["graft", REF, "mine.py", "-q"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    work = tmp_path / "work"
+    shutil.copytree(grafted, work)
+    monkeypatch.chdir(work)
+    return work
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> Done:
+        capsys.readouterr()
+        status = cli.main(list(arguments))
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
+
+    return call
+
+
+def bytes_of(*names: str) -> list[bytes]:
+    return [Path(name).read_bytes() for name in names]
+
+
+def test_the_same_bytes_as_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from surgery import apply
+
+    monkeypatch.setattr(apply, "write", None)  # no model is filled
+    done = run("graft", REF, "mine.py", "--to-file", "-o", "files.safetensors", "--json")
+    assert done.status == 0, done.err
+    assert done.json["verdict"] == "proven"
+    assert done.json["wrote"] == ["files.safetensors", "files.graft.toml"]
+    weights, files = bytes_of("mine.safetensors", "files.safetensors")
+    assert weights == files
+    plan, same = bytes_of("mine.graft.toml", "files.graft.toml")
+    assert plan == same
+    done = run("verify", REF, "mine.py", "--weights", "files.safetensors")
+    assert done.status == 0, done.err
+
+
+def test_a_plan_that_is_given_runs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module is built, for it has a head of its own; and nothing is searched or run."""
+    monkeypatch.setattr(surgery, "graft", None)
+    done = run("graft", REF, "mine.py", "--plan", "mine.graft.toml", "--to-file", "-o", "files.safetensors")
+    assert done.status == 0, done.err
+    assert "the plan was given: it was proven when it was made; nothing was run" in done.out
+    weights, files = bytes_of("mine.safetensors", "files.safetensors")
+    assert weights == files
+    again = run("graft", REF, "mine.py", "--plan", "mine.graft.toml", "--to-file", "-o", "files.safetensors")
+    assert again.status == 0, "what a graft wrote may be written over"
+
+
+def test_what_the_plan_does_not_make_is_asked_for(run: Run) -> None:
+    done = run("graft", REF, "--plan", "mine.graft.toml", "--to-file", "-o", "files.safetensors")
+    assert done.status == 2
+    assert "2 tensors do not come from file:tiny#encoder: tag.weight (new), tag.bias (new)" in done.err
+    assert "--init" in done.err
+    arguments = ("--plan", "mine.graft.toml", "--to-file", "-o", "files.safetensors", "--init", "mine.safetensors")
+    done = run("graft", REF, *arguments)
+    assert done.status == 0, done.err
+    weights, files = bytes_of("mine.safetensors", "files.safetensors")
+    assert weights == files
+
+
+# -- from checkpoint to checkpoint ------------------------------------------------------------------------------------
+@pytest.fixture
+def layouts(folder: Path) -> Path:
+    """A plan between two layouts of one model, and a file in the first."""
+    from tests import pairs
+    from tests.surgery.test_convert import bare_bert
+
+    bert = bare_bert()
+    save_file({k: t.clone() for k, t in bert.state_dict().items()}, "theirs.safetensors", metadata={"format": "pt"})
+
+    class Whole(pairs.Encoder):
+        """Without a head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            del self.head
+
+    report = surgery.graft("theirs.safetensors", Whole().eval(), probe=pairs.probe(bert), require="proven")
+    report.plan.save("layout.graft.toml")
+    return folder
+
+
+def test_there_and_back_without_a_python_file(layouts: Path, run: Run) -> None:
+    there = ("--plan", "layout.graft.toml", "--to-file")
+    done = run("graft", "file:theirs.safetensors", *there, "-o", "ours.safetensors", "-q")
+    assert (done.status, done.out) == (0, "ours.safetensors\n"), done.err
+    assert "blocks.0.mix.qkv.weight" in surgery.open("ours.safetensors")
+    back = ("--invert", "file:theirs.safetensors", "-o", "again.safetensors")
+    done = run("graft", "file:ours.safetensors", *there, *back, "--json")
+    assert done.status == 0, done.err
+    assert done.json["verdict"] == "consistent"
+    first, again = bytes_of("theirs.safetensors", "again.safetensors")
+    assert first == again
+    # the plan beside it is the inverse, and needs the first file no more
+    plan = ("--plan", "again.graft.toml", "--to-file", "-o", "third.safetensors")
+    done = run("graft", "file:ours.safetensors", *plan)
+    assert done.status == 0, done.err
+    third, theirs = load_file("third.safetensors"), load_file("theirs.safetensors")
+    assert all(torch.equal(third[name], t) for name, t in theirs.items())
+
+
+def test_what_cannot_be_inverted_is_named(run: Run, folder: Path) -> None:
+    back = ("--plan", "mine.graft.toml", "--to-file", "--invert", "file:tiny", "-o", "back.safetensors")
+    before = sorted(folder.iterdir())
+    done = run("graft", "file:mine.safetensors", *back)
+    assert done.status == 2
+    assert "source tensors cannot be had back" in done.err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "f16"])
+def test_a_cast_is_said_in_the_rows(layouts: Path, run: Run, dtype: str) -> None:
+    there = ("--plan", "layout.graft.toml", "--to-file", "--dtype", dtype, "-o", "half.safetensors")
+    done = run("graft", "file:theirs.safetensors", *there, "--json")
+    assert done.status == 0, done.err
+    upper = dtype.upper()
+    rows = {row["name"]: row for row in done.json["rows"]}
+    assert rows["norm.weight"]["kind"] == "lossy"
+    plan = surgery.Plan.load("half.graft.toml")
+    assert str(plan["norm.weight"].expr) == f'cast(embeddings.LayerNorm.weight, dtype="{upper}")'
+    assert any(f"cast to {upper}" in note for note in plan.notes)
+    half, whole = load_file("half.safetensors"), load_file("theirs.safetensors")
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16}[upper]
+    assert torch.equal(half["norm.weight"], whole["embeddings.LayerNorm.weight"].to(kind))
+    assert {t.dtype for t in half.values()} == {kind}
+
+
+def test_a_cast_of_a_graft(run: Run) -> None:
+    done = run("graft", REF, "mine.py", "--to-file", "--dtype", "BF16", "-o", "half.safetensors")
+    assert done.status == 0, done.err
+    half, whole = load_file("half.safetensors"), load_file("mine.safetensors")
+    assert all(torch.equal(half[name], t.bfloat16()) for name, t in whole.items())
+
+
+def test_shards_there_and_one_file_back(layouts: Path, run: Run) -> None:
+    there = ("--plan", "layout.graft.toml", "--to-file", "--shard-size", "30KB")
+    (layouts / "parts").mkdir()
+    done = run("graft", "file:theirs.safetensors", *there, "-o", "parts/model.safetensors", "--json")
+    assert done.status == 0, done.err
+    assert done.json["wrote"][0] == "parts/model.safetensors.index.json"
+    index = json.loads((layouts / "parts/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    for shard in set(index["weight_map"].values()):
+        assert "weightzoo" in surgery.open(layouts / "parts" / shard).metadata
+    back = ("--plan", "layout.graft.toml", "--to-file", "--invert", "file:theirs.safetensors", "-o", "one.safetensors")
+    done = run("graft", "file:parts", *back)
+    assert done.status == 0, done.err
+    first, one = bytes_of("theirs.safetensors", "one.safetensors")
+    assert first == one
+    done = run("graft", "file:theirs.safetensors", *there, "-o", "parts/model.safetensors")
+    assert done.status == 2
+    assert "shards are not written over or beside another checkpoint" in done.err
+    done = run("graft", "file:theirs.safetensors", *there[:3], "--shard-size", "two", "-o", "x.safetensors")
+    assert done.status == 2
+    assert "number of bytes" in done.err
+    assert not list(layouts.glob("*x.*"))
+
+
+def test_weights_and_plan_are_both_there_or_none(layouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from zoo import written
+
+    before = sorted(layouts.iterdir())
+
+    def failing(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return failing if name == "replace" else getattr(os, name)
+
+    monkeypatch.setattr(written, "os", Os())
+    for size in (None, "30KB"):
+        with pytest.raises(OSError, match="No space left"):
+            written.write_to_file(
+                surgery.open("theirs.safetensors"),
+                surgery.Plan.load("layout.graft.toml"),
+                Path("s.safetensors"),
+                verdict="proven",
+                base=None,
+                like=None,
+                shard_size=size,
+            )
+        assert sorted(layouts.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Missing argument 'FILE[:CLASS]'"),
+        (("--to-file",), "Missing argument 'FILE[:CLASS]'"),
+        (("--plan", "mine.graft.toml"), "Missing argument 'FILE[:CLASS]'"),
+        (("--plan", "mine.graft.toml", "--to-file"), "-o says where to"),
+        (("mine.py", "--dtype", "BF16"), "--dtype goes with --to-file"),
+        (("mine.py", "--shard-size", "1GB"), "--shard-size goes with --to-file"),
+        (("mine.py", "--to-file", "--invert", "file:tiny"), "--invert needs the --plan"),
+        (("mine.py", "--to-file", "--plan", "mine.graft.toml", "--layers", "0"), "--layers says how to find a plan"),
+        (("--to-file", "--plan", "none.toml", "-o", "x.safetensors"), "there is no plan none.toml"),
+        (("--to-file", "--plan", "mine.graft.toml", "-o", "tiny"), "is a folder"),
+        (("--to-file", "--plan", "mine.graft.toml", "-o", "x.bin"), "written as safetensors"),
+    ],
+)
+def test_options_that_do_not_go_together(run: Run, folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    before = sorted(folder.iterdir())
+    done = run("graft", REF, *arguments)
+    assert done.status == 2
+    assert said in done.err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_file_that_no_graft_wrote_stays(layouts: Path, run: Run) -> None:
+    there = ("--plan", "layout.graft.toml", "--to-file", "-o", "theirs.safetensors")
+    before = Path("theirs.safetensors").read_bytes()
+    done = run("graft", "file:theirs.safetensors", *there)
+    assert done.status == 2
+    assert "no graft wrote it" in done.err
+    assert Path("theirs.safetensors").read_bytes() == before
+
+
+def test_a_plan_that_was_refuted_is_not_run(layouts: Path, run: Run) -> None:
+    plan = surgery.Plan.load("layout.graft.toml").with_verdict("refuted")
+    plan.save("no.graft.toml")
+    there = ("--plan", "no.graft.toml", "--to-file", "-o", "no.safetensors")
+    done = run("graft", "file:theirs.safetensors", *there, "--json")
+    assert (done.status, done.json["verdict"], done.json["wrote"]) == (1, "refuted", [])
+    assert not Path("no.safetensors").exists()
+    assert run("graft", "file:theirs.safetensors", *there, "--force").status == 0
+
+
+def test_a_model_on_the_whole(run: Run) -> None:
+    """What was written loads strictly into the module."""
+    assert run("graft", REF, "mine.py", "--to-file", "-o", "files.safetensors").status == 0
+    model = target.load("mine.py").model
+    model.load_state_dict(load_file("files.safetensors"))
