@@ -155,7 +155,9 @@ class Adapter:
                 f"{self.rule}: the adapter holds what cannot be merged: {said}",
                 hint="Merge it with PEFT: model.merge_and_unload().",
             )
-        places = self._places([*(f"{module}.weight" for module, _ in pairs), *plain], rows)
+        # What PEFT wraps it calls base_layer, and so it saves the biases that it trained.
+        bare = {name: name.replace(".base_layer.", ".") for name in plain}
+        places = self._places([*(f"{module}.weight" for module, _ in pairs), *bare.values()], rows)
         new: dict[str, Expr] = {}
         for (module, embedding), sides in pairs.items():
             target = places[f"{module}.weight"]
@@ -165,7 +167,7 @@ class Adapter:
             args = (rows[target], Name(start + sides["B"]), Name(start + sides["A"]))
             new[target] = Call("lora_merge", args, params)
         for name in plain:  # modules_to_save, and biases that were trained: whole tensors
-            target = places[name]
+            target = places[bare[name]]
             theirs, ours = tuple(self.tensors[name].shape), tuple(source[target].shape)
             if theirs != ours:
                 raise RuleError(

@@ -274,3 +274,40 @@ def test_a_model_on_the_whole(run: Run) -> None:
     assert run("graft", REF, "mine.py", "--to-file", "-o", "files.safetensors").status == 0
     model = target.load("mine.py").model
     model.load_state_dict(load_file("files.safetensors"))
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+def test_an_adapter_is_merged_on_the_command_line(run: Run, folder: Path) -> None:
+    """In memory and from file to file, to the same bytes; verified; and taken out again by the same plan."""
+    from tests.surgery.test_lora import adapter, by_formula
+
+    theirs = load_file("tiny/model.safetensors")
+    names = [n.removesuffix(".weight") for n in theirs if n.endswith("attention.self.query.weight")]
+    modules = {name: torch.nn.Linear(*reversed(theirs[f"{name}.weight"].shape)) for name in names}
+    adapter(folder / "adapter", modules)
+    Path("rules.txt").write_text('merge_lora("adapter/")\n')
+    done = run("graft", REF, "mine.py", "--rules", "rules.txt", "-o", "memory.safetensors", "--json")
+    assert (done.status, done.json["verdict"]) == (0, "proven"), done.err
+    done = run("graft", REF, "mine.py", "--rules", "rules.txt", "--to-file", "-o", "files.safetensors")
+    assert done.status == 0, done.err
+    given = ("--plan", "memory.graft.toml", "--to-file", "-o", "given.safetensors")
+    done = run("graft", REF, "mine.py", *given)
+    assert done.status == 0, done.err
+    memory, files, plan = bytes_of("memory.safetensors", "files.safetensors", "given.safetensors")
+    assert memory == files == plan
+    done = run("verify", REF, "mine.py", "--weights", "files.safetensors")
+    assert done.status == 0, done.err
+    whole = by_formula(theirs, folder / "adapter", 2.0)
+    row = surgery.Plan.load("memory.graft.toml")
+    target_name = next(r.target for r in row.rows if f"{names[0]}.weight" in r.sources)
+    assert any(
+        torch.allclose(part, whole[f"{names[0]}.weight"], rtol=1e-6, atol=1e-7)
+        for part in load_file("memory.safetensors")[target_name].split(whole[f"{names[0]}.weight"].shape[0])
+    )
+
+
+def test_an_adapter_that_is_not_there(run: Run) -> None:
+    Path("rules.txt").write_text('merge_lora("nowhere/")\n')
+    done = run("graft", REF, "mine.py", "--rules", "rules.txt", "-o", "x.safetensors")
+    assert done.status == 2
+    assert "nowhere is no adapter" in done.err
