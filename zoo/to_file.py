@@ -18,8 +18,8 @@ from zoo.errors import NO, ZooError
 if TYPE_CHECKING:
     import surgery
     from zoo.cli_graft import Asked
-    from zoo.resolving import Source
     from zoo.out import Out
+    from zoo.resolving import Source
 
 TYPES = ("BF16", "F16", "F32", "F64")
 
