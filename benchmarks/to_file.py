@@ -78,9 +78,9 @@ def plans(count: int) -> None:
     save("fused", fused | {f"new.{name}": name for name in whole if name.rsplit(".", 1)[1] not in "qkv"})
 
 
-def run(arguments: list[str]) -> tuple[float, float]:
-    """(seconds, peak memory in MB) of a process, the median of its runs."""
-    seconds, peaks = [], []
+def run(arguments: list[str]) -> tuple[float, float, float]:
+    """(seconds by the clock, seconds of the processor, peak memory in MB) of a process, the median of its runs."""
+    seconds, busy, peaks = [], [], []
     for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 3):
         for path in Path().glob("out.*"):
             path.unlink()
@@ -90,10 +90,11 @@ def run(arguments: list[str]) -> tuple[float, float]:
         child = os.posix_spawnp(arguments[0], arguments, os.environ, file_actions=quiet)
         _, status, used = os.wait4(child, 0)
         seconds.append(time.perf_counter() - start)
+        busy.append(used.ru_utime + used.ru_stime)
         peaks.append(used.ru_maxrss / 1024)
         if status:
             raise SystemExit(f"{arguments} failed")
-    return statistics.median(seconds), statistics.median(peaks)
+    return statistics.median(seconds), statistics.median(busy), statistics.median(peaks)
 
 
 def main() -> None:
@@ -109,21 +110,24 @@ def main() -> None:
         subprocess.run([sys.executable, str(here / "benchmarks/to_file.py"), "--make", str(count)], check=True)
         plans(count)
         print(f"{Path('in.safetensors').stat().st_size / 1e9:.2f} GB, {count} layers")
-        copied, held = run(["cp", "in.safetensors", "out.safetensors"])
-        print(f"{'':9} {'':22} {'s':>6} {'x cp':>6} {'peak MB':>8}")
-        print(f"{'':9} {'cp':22} {copied:6.2f} {1:6.1f} {held:8.0f}")
+        took, _, _ = first = run(["cp", "in.safetensors", "out.safetensors"])
+
+        def told(plan: str, name: str, found: tuple[float, float, float]) -> None:
+            clock, busy, peak = found
+            print(f"{plan:9} {name:22} {clock:6.2f} {clock / took:6.1f} {busy:6.2f} {peak:8.0f}", flush=True)
+
+        print(f"{'':9} {'':22} {'s':>6} {'x cp':>6} {'cpu s':>6} {'peak MB':>8}")
+        told("", "cp", first)
         python = sys.executable
         face = ["graft", "file:in.safetensors", "--to-file", "-o", "out.safetensors", "-q", "--plan"]
-        idle, floor = run([python, "-c", "import surgery, torch"])
-        print(f"{'':9} {'importing torch':22} {idle:6.2f} {idle / copied:6.1f} {floor:8.0f}")
+        told("", "importing torch", run([python, "-c", "import surgery, torch"]))
         for plan in ("renamed", "fused", "turned"):
             for name, arguments in (
                 ("surgery.write", [python, "-c", OURS, plan]),
                 ("zoo graft --to-file", [python, "-c", FACE, *face, f"{plan}.graft.toml"]),
                 ("load, change, save", [python, "-c", PEER, plan]),
             ):
-                took, peak = run(arguments)
-                print(f"{plan:9} {name:22} {took:6.2f} {took / copied:6.1f} {peak:8.0f}", flush=True)
+                told(plan, name, run(arguments))
     finally:
         os.chdir("/")
         shutil.rmtree(folder)
