@@ -116,6 +116,8 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
     weights = written.destination(output, asked.file)
     written.check_free(weights, asked.plan, shards=files.shard_size is not None)
     if files.to_file and asked.plan is not None:
+        if html is not None:
+            raise ZooError("--html shows a proof, and --to-file with --plan runs nothing", hint="leave out one of them")
         return to_file.convert(out, asked, files, weights, force=force)
     page = _page_for(html)
     job = replace(_prepare(out, asked), fill=not files.to_file)
