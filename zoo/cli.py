@@ -34,7 +34,7 @@ COMMANDS = {
     "pull": ("zoo.cli_catalogue:pull", "Bring a checkpoint to this machine."),
     "plan": ("zoo.cli_graft:plan", "Show where each tensor of your module would come from; write nothing."),
     "graft": ("zoo.cli_graft:graft", "Fill your module with pretrained weights, prove it, and write them."),
-    "verify": ("zoo.cli_graft:verify", "Run the proof of a graft again, from its files."),
+    "verify": ("zoo.cli_verify:verify", "Run the proof of a graft again, from its files."),
     "diff": ("zoo.cli_diff:diff", "Compare two checkpoints: same, renamed, changed, absent."),
     "run": ("zoo.cli_run:run", "Run a model on a text, an image, a recording or a series."),
     "suggest": ("zoo.cli_run:suggest", "Suggest what to start from."),
