@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from surgery import twin
+from surgery import segments, twin
 from surgery.expr import Call, Expr, Name, evaluate, kind, names, walk
 from surgery.gradients import pulled
 from surgery.mapper.record import HUGE, Node, Ref, Tape
@@ -26,6 +27,8 @@ from surgery.running import perturbed
 
 QUIET = 1e-12  # of the largest gradient of all: below it is what float64 leaves of a sum that cancels
 SHOWN = 1e-9  # relative; a value that moves by less than this has not moved
+RUNS = 96  # runs that looking at perturbed segments may cost, for an input; what is left then counts as not exercised
+ROWS = 1 << 20  # elements that are perturbed at a time
 FAITHFUL = 1e-10  # a replay that differs from the run by more is not a replay of it
 _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax")
 _NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm")
@@ -62,7 +65,8 @@ def replay(
         held = tape.values[x.vid].tensor
         if held is None:
             raise NotFaithful(f"value {x.vid} was not kept")
-        return twin.Lifted(held) if held.dtype in twin.LOW else held  # raised to float64 where it is used
+        # Raised to float64 where it is used.
+        return twin.Lifted(held) if held.dtype in twin.LOW or isinstance(held, twin.Made) else held
 
     for index in nodes:
         node = tape.nodes[index]
@@ -72,7 +76,7 @@ def replay(
         out = node.op(*args, **kwargs)
         for vid, t in zip(node.outs, out if isinstance(out, (tuple, list)) else (out,), strict=True):
             if vid >= 0 and vid not in leaves:
-                known[vid] = twin.lift(t)
+                known[vid] = t if isinstance(t, twin.Lifted) else twin.lift(t)  # a turned weight keeps its graph
         for vid in last.get(index, ()):
             known.pop(vid, None)
     return known
@@ -106,6 +110,7 @@ class Exercise:
     cancelled: dict[str, dict[int, str]] = field(default_factory=dict)  # name: segment: by what, for every input
     moved: dict[str, set[int]] = field(default_factory=dict)  # name: segments that perturbing showed to matter
     untold: str = ""  # why it cannot be told what the inputs reached
+    in_pieces: bool = False  # gradients a piece of the run at a time, in little memory
     _segments: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def open(self) -> list[str]:
@@ -150,12 +155,17 @@ class Exercise:
                 tops = pulled(_projection(tape, [], {}, returned), leaves)
             if tops is None:
                 leaves = {
-                    vid: (twin.Lifted(t) if t.dtype in twin.LOW else t.detach()).requires_grad_()
+                    vid: twin.lifted_tensor(t, written=False).requires_grad_()
                     for vid in names_of
                     if (t := tape.values[vid].tensor) is not None
                 }
-                known = replay(tape, nodes, leaves, keep=outputs)
-                tops = pulled(_projection(tape, outputs, known, []), leaves) or {}
+                if self.in_pieces:
+                    again = partial(replay, tape)
+                    total = partial(_projected, tape, outputs)
+                    tops = segments.pulled(tape, nodes, outputs, leaves, again, total)
+                else:
+                    known = replay(tape, nodes, leaves, keep=outputs)
+                    tops = pulled(_projection(tape, outputs, known, []), leaves) or {}
         top = max((float(lines[0].max()) for lines in tops.values()), default=0.0)
         for vid, lines in tops.items():
             hit = [m > QUIET * top if top > 0 else torch.zeros_like(m, dtype=torch.bool) for m in lines]
@@ -176,16 +186,18 @@ class Exercise:
                     silent.append((vid, name, number, lines))
         if not silent:
             return
-        together = _followed(tape, nodes, outputs, silent)
-        if together is not None:
-            self._cancelled(together)
-            return
-        for item in silent[:64]:
-            alone = _followed(tape, nodes, outputs, [item])
-            if alone is None:
-                self.moved.setdefault(item[1], set()).add(item[2])
+        groups = [silent]
+        for _ in range(RUNS):
+            if not groups:
+                return
+            group = groups.pop()
+            whys = _followed(tape, nodes, outputs, group)
+            if whys is not None:
+                self._cancelled(whys)
+            elif len(group) == 1:
+                self.moved.setdefault(group[0][1], set()).add(group[0][2])
             else:
-                self._cancelled(alone)
+                groups += [group[len(group) // 2 :], group[: len(group) // 2]]
 
     def _cancelled(self, whys: Mapping[tuple[str, int], str]) -> None:
         for (name, number), why in whys.items():
@@ -229,13 +241,13 @@ class Exercise:
         symmetries: list[str] = []
         rows_hit = hit[0]
         missing = torch.zeros(len(rows_hit), dtype=torch.bool)
-        segments = self.segments(name)
-        for number, lines in segments:
+        parts = self.segments(name)
+        for number, lines in parts:
             if not bool(rows_hit[lines].any()):
                 why = self.cancelled.get(name, {}).get(number, "")
                 if number in self.moved.get(name, ()):
                     continue
-                part = name if len(segments) == 1 else f"{name}[{int(lines[0])}:{int(lines[-1]) + 1}]"
+                part = name if len(parts) == 1 else f"{name}[{int(lines[0])}:{int(lines[-1]) + 1}]"
                 if why:
                     symmetries.append(f"{part}: {why}")
                 else:
@@ -314,20 +326,22 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return not b.numel() or float((a - b).abs().max()) <= FAITHFUL * max(top, 1e-300)
 
 
-def _perturbed_leaves(tape: Tape, items: list[Item]) -> dict[int, Tensor]:
-    leaves: dict[int, Tensor] = {}
-    for vid, _, number, lines in items:
-        held = tape.values[vid].tensor
-        if held is None:
-            continue
-        now = leaves.get(vid, twin.lift(held).detach()).clone()
-        new = perturbed(now, 7919 * vid + number).to(now.device)
+def _projected(tape: Tape, outputs: list[int], known: Mapping[int, Tensor]) -> Tensor | None:
+    return _projection(tape, outputs, known, [])
+
+
+def _perturbed_leaf(held: Tensor, vid: int, items: list[Item]) -> Tensor:
+    """A weight with these segments changed, to the same values each time; some rows at a time."""
+    now = twin.lift(held).detach().clone()
+    for _, _, number, lines in items:
+        seed = 7919 * vid + number
         if now.ndim == 0:
-            now = new
-        else:
-            now[lines] = new[lines]
-        leaves[vid] = now
-    return leaves
+            return perturbed(now, seed).to(now.device)
+        step = max(1, ROWS * len(now) // max(1, now.numel()))
+        for at in range(0, len(lines), step):
+            some = lines[at : at + step]
+            now[some] = perturbed(now[some], seed + at).to(now.device)
+    return now
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
@@ -342,13 +356,15 @@ def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item
     """Perturb these segments together and follow what moves, side by side with the run as it was, holding only what is
     still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one
     just ends. None where an output moves."""
-    leaves = _perturbed_leaves(tape, items)
     marks: dict[int, set[tuple[str, int]]] = {}
-    for vid, name, number, _ in items:
-        marks.setdefault(vid, set()).add((name, number))
+    leaves: dict[int, list[Item]] = {}
+    for item in items:
+        if tape.values[item[0]].tensor is not None:
+            leaves.setdefault(item[0], []).append(item)
+        marks.setdefault(item[0], set()).add((item[1], item[2]))
     ends: dict[tuple[str, int], set[str]] = {}
     known: dict[int, Tensor] = {}
-    other: dict[int, Tensor] = dict(leaves)
+    other: dict[int, Tensor] = {}
     last = _last_uses(tape, nodes, outputs)
 
     def held(vid: int) -> Tensor:
@@ -359,26 +375,35 @@ def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item
             return twin.lift(t)
         return known[vid]
 
+    def changed_leaf(vid: int) -> Tensor:
+        """Made when it is used: of all weights at once it would be the model again, in float64."""
+        t = tape.values[vid].tensor
+        assert t is not None  # else it was left out
+        return _perturbed_leaf(t, vid, leaves[vid])
+
     for index in nodes:
         node = tape.nodes[index]
         if all(tape.values[o].origin == "const" for o in node.outs if o >= 0):
             continue  # drawn at random in the run: the tape keeps what was drawn
         for vid, t in _outs(node, lambda x: held(x.vid) if isinstance(x, Ref) else x):
             known[vid] = t
-        into = [v for v in node.inputs if v in other]
+        into = [v for v in node.inputs if v in other or v in leaves]
         if into:
-            changed = {
-                vid: t
-                for vid, t in _outs(node, lambda x: other.get(x.vid, held(x.vid)) if isinstance(x, Ref) else x)
-                if _apart(known[vid], t)
-            }
+            moved = {v: other[v] if v in other else changed_leaf(v) for v in into}
+
+            def value(x: object, moved: Mapping[int, Tensor] = moved) -> object:
+                if not isinstance(x, Ref):
+                    return x
+                return moved[x.vid] if x.vid in moved else held(x.vid)
+
+            changed = {vid: t for vid, t in _outs(node, value) if _apart(known[vid], t)}
             other.update(changed)
             whose = set().union(*(marks[v] for v in into))
             if changed:
                 for vid in changed:
                     marks[vid] = whose
             else:
-                why = _why(node, {v: held(v) for v in node.inputs}, other)
+                why = _why(node, {v: held(v) for v in node.inputs}, moved)
                 for who in whose:
                     ends.setdefault(who, set()).add(why)
         for vid in last.get(index, ()):

@@ -112,7 +112,7 @@ class Deferred(Tensor):
         return [rows, columns]
 
 
-class _Deferring(TorchDispatchMode):
+class Deferring(TorchDispatchMode):
     """Keeps large gradients of matrices as the products that they are."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,14 +140,14 @@ def pulled(total: Tensor | None, leaves: Mapping[int, Tensor]) -> dict[int, list
     def looked(vid: int) -> Callable[[Tensor], None]:
         def look(leaf: Tensor) -> None:
             assert leaf.grad is not None
-            found[vid] = _largest(leaf.grad.detach())
+            found[vid] = largest(leaf.grad.detach())
             leaf.grad = None
 
         return look
 
     handles = [leaf.register_post_accumulate_grad_hook(looked(vid)) for vid, leaf in leaves.items()]
     try:
-        with _Deferring():
+        with Deferring():
             torch.autograd.backward([total], inputs=list(leaves.values()))
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
@@ -159,7 +159,7 @@ def pulled(total: Tensor | None, leaves: Mapping[int, Tensor]) -> dict[int, list
     return found
 
 
-def _largest(g: Tensor) -> list[Tensor]:
+def largest(g: Tensor) -> list[Tensor]:
     """For each axis, the largest absolute value in each line."""
     if isinstance(g, Deferred):
         return [t.cpu() for t in g.largest()]

@@ -120,10 +120,12 @@ def verify(
     passes: Sequence[str] = ("cpu/float64",),
     rules: Iterable[object] = (),
     into: str = "",
+    blockwise: bool | None = None,
 ) -> Proof:
     """Prove a plan again: what `target` would compute with it against the reference, in each of `passes`
     ("device/type"). Changes nothing. The float64 proof is always run; a pass whose device is not there is listed as
-    not run. `rules`: where they are not those that the plan carries."""
+    not run. `rules`: where they are not those that the plan carries. `blockwise`: in little memory, a piece of the run
+    at a time; None where both models in float64 would not fit into the memory that is free."""
     from surgery.judge import Judge, untouched_generators
     from surgery.passes import parse
 
@@ -135,7 +137,8 @@ def verify(
         made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
         relative.check(made.base, infos(module))
         assert made.probe is not None
-        proof = Judge(made.source, module, made.inward(relative), made.probe).prove(passes)
+        judge = Judge(made.source, module, made.inward(relative), made.probe, blockwise=blockwise)
+        proof = judge.prove(passes)
         return made.proof(proof, relative)
 
 

@@ -10,16 +10,18 @@ them.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery import attribution, passes, surface
+from surgery import attribution, machine, passes, surface
 from surgery import twin as twin_of
 from surgery.checkpoint import Checkpoint
 from surgery.divergence import diverge
@@ -27,12 +29,14 @@ from surgery.errors import GraftError
 from surgery.exercise import Exercise, NotFaithful
 from surgery.expr import kind, names
 from surgery.link import held, link
-from surgery.mapper.record import NotRecordable, Tape, record
+from surgery.mapper.record import NEAR, NotRecordable, Tape, fingerprint, record, same
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
 from surgery.proof import GATE, PassResult, Proof
 from surgery.running import MADE, Call, Side, all_tensors, build, own_tensors, perturbed, unrounded
 from surgery.surface import INF, Place
+
+BLOCKWISE = "block by block: weights are raised to float64, and gradients taken, a piece of the run at a time"
 
 
 @dataclass
@@ -52,8 +56,12 @@ class Comparison:
 
 
 class Judge:
-    """One plan, one probe, one target. `links`: surgery.link's result for the probe's reference, where it is at
-    hand."""
+    """One plan, one probe, one target. `links`: surgery.link's result for the probe's reference, where it is at hand.
+
+    `blockwise`: in little memory. Both sides are run as ever, as wholes and in float64, of which only what one operator
+    consumes is held; beyond that, values that the plan computes are made on use, and gradients are taken a piece of the
+    run at a time. None: where both models in float64 would not fit into the memory that is free.
+    """
 
     def __init__(
         self,
@@ -64,12 +72,14 @@ class Judge:
         *,
         device: torch.device | None = None,
         links: Mapping[str, Any] | None = None,
+        blockwise: bool | None = None,
     ) -> None:
         self.source, self.target, self.plan, self.probe = source, target, plan, probe
+        self.blockwise = large(probe.reference, target) if blockwise is None else blockwise
         self.device = device or home(target)
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
         self.links = links if links is not None else link(probe.reference, source)
-        self.values = unrounded(plan, source, held(probe.reference, source, self.links))
+        self.values = unrounded(plan, source, held(probe.reference, source, self.links), on_use=self.blockwise)
         self.inputs = probe.proof_inputs()
         if not self.inputs:
             raise GraftError("the probe has no inputs", hint="Give at least one to search with and one to prove with.")
@@ -84,7 +94,16 @@ class Judge:
         own = own_tensors(self.target)
         new = [r.target for r in self.plan.rows if r.status is Status.NEW]
         new += [r.target for r in self.plan.rows if r.tied_to in new]
-        return {n: perturbed(own[n], i) for i, n in enumerate(new) if n in own and own[n].is_floating_point()}
+        some = {n: i for i, n in enumerate(new) if n in own and own[n].is_floating_point()}
+        if not self.blockwise:
+            return {n: perturbed(own[n], i) for n, i in some.items()}
+        home = torch.device("cpu")
+        return {
+            n: twin_of.Made(
+                partial(perturbed, own[n], i), torch.empty(own[n].shape, dtype=torch.float64, device="meta"), home
+            )
+            for n, i in some.items()
+        }
 
     def reference_twin(self, also: Mapping[int, Tensor] | None = None) -> nn.Module:
         return build(self.probe.reference, {}, self.device, also=also)
@@ -112,7 +131,7 @@ class Judge:
         }
         if not open_names:
             return
-        tape = self.record_reference(0)
+        tape = self.record_reference(0, sizes=frozenset())
         missing = [
             v.name
             for vid, v in enumerate(tape.values)
@@ -125,8 +144,9 @@ class Judge:
                 hint="Load the source into the reference first: a proof about other weights proves nothing.",
             )
 
-    def record_reference(self, at: int, calls: list[Call] | None = None) -> Tape:
-        return self._record(self.reference_side, self.reference_twin(), at, set(self.links), calls, None)
+    def record_reference(self, at: int, calls: list[Call] | None = None, sizes: frozenset[int] | None = None) -> Tape:
+        """`sizes`: as of record_target."""
+        return self._record(self.reference_side, self.reference_twin(), at, set(self.links), calls, sizes)
 
     def record_target(
         self,
@@ -135,9 +155,11 @@ class Judge:
         calls: list[Call] | None = None,
         sizes: frozenset[int] | None = None,
         returned: list[Tensor] | None = None,
+        like: Sequence[Tensor] | None = None,
     ) -> Tape:
-        """`sizes`: how many elements the activations of interest have (any number). `returned`: see `record`."""
-        return self._record(self.target_side, twin, at, set(self.values), calls, sizes, returned)
+        """`sizes`: how many elements the activations of interest have (any number). `like`: of these, only what may be
+        one of these tensors in another layout is held. `returned`: see `record`."""
+        return self._record(self.target_side, twin, at, set(self.values), calls, sizes, returned, like)
 
     def _record(
         self,
@@ -148,11 +170,22 @@ class Judge:
         calls: list[Call] | None,
         sizes: frozenset[int] | None,
         returned: list[Tensor] | None = None,
+        like: Sequence[Tensor] | None = None,
     ) -> Tape:
         label, x = self.inputs[at]
         x = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, x)
-        with side.failures(twin, label, calls, sizes):
-            return record(side.run, twin, x, weights=weights, sizes=sizes, returned=returned)
+        near = None if like is None else [f for t in like if (f := fingerprint(t)) is not None]
+
+        def wanted(t: Tensor) -> bool:
+            if sizes is not None and t.numel() not in sizes:
+                return False
+            if near is None or not t.is_floating_point():
+                return True
+            f = fingerprint(t)
+            return f is not None and any(same(each, f, NEAR) for each in near)
+
+        with side.failures(twin, label, calls, wanted):
+            return record(side.run, twin, x, weights=weights, sizes=sizes, returned=returned, near=near)
 
     # -- comparing ------------------------------------------------------------------------------------------------
     def compare(self, expected: list[list[Tensor]], target: nn.Module, exercise: Exercise | None = None) -> Comparison:
@@ -196,10 +229,12 @@ class Judge:
         followed = {id(own[n]): own[n] for n in exercise.open() if n in own and own[n].is_floating_point()}
         returned: list[Tensor] = []
         live: tuple[Mapping[str, Tensor], list[Tensor]] | None = (own, returned)
+        if self.blockwise:  # the graph of the whole run holds what it should not
+            live, followed = None, {}
         try:
             for t in followed.values():
                 t.requires_grad_(True)
-            tape = self.record_target(target, at, sizes=frozenset(), returned=returned)
+            tape = self.record_target(target, at, sizes=frozenset(), returned=returned if live else None)
         except GraftError as error:
             if isinstance(error.__cause__, NotRecordable):
                 exercise.untold = f"what the inputs exercised cannot be told: {error.__cause__}"
@@ -208,7 +243,7 @@ class Judge:
         finally:
             for t in followed.values():
                 t.requires_grad_(False)
-        if live is None:
+        if live is None and not self.blockwise:
             tape = self.record_target(target, at, sizes=frozenset())
         elif any(t.is_floating_point() and not t.requires_grad for t in returned):
             live = None  # or one that switches them off
@@ -263,7 +298,7 @@ class Judge:
         self, expected: list[Tensor], target: nn.Module, at: int, found: Comparison
     ) -> list[tuple[float, str, frozenset[Place]]]:
         calls: list[Call] = []
-        tape = self.record_target(target, at, calls, frozenset(a.numel() for a in expected))
+        tape = self.record_target(target, at, calls, frozenset(a.numel() for a in expected), like=expected)
         index = surface.indexed(tape)
         results = []
         found.tapes.append((tape, []))
@@ -292,6 +327,21 @@ class Judge:
 
     # -- the proof ------------------------------------------------------------------------------------------------
     def prove(self, wanted: Sequence[str] = ()) -> Proof:
+        """The float64 proof, and the passes that are wanted beside it."""
+        started = time.perf_counter()
+        peak = machine.Peak(self.device)
+        with peak:
+            main, places = self._main()
+        took = {
+            "seconds": round(time.perf_counter() - started, 4),
+            "peak_bytes": peak.bytes,
+            "peak_of": peak.how,
+        }
+        first = main.passes[0]
+        first = replace(first, details={**first.details, **took})
+        return replace(main, passes=(first, *self._other_passes(wanted, first.name, places)))
+
+    def _main(self) -> tuple[Proof, Mapping[str, Place]]:
         self._check_reference()
         reference = self.reference_twin()
         self.expected = self._expect(reference)
@@ -305,12 +355,12 @@ class Judge:
         surfaced = self.probe.run_target is None
         target = self.target_twin(new=surfaced)
         rows = {r.target: r for r in self.plan.rows if r.status in MADE}
-        exercise = Exercise(self.source, rows, self.values)
+        exercise = Exercise(self.source, rows, self.values, in_pieces=self.blockwise)
         found = self.compare(self.expected, target, exercise)
         causes: list[str] = []
         if found.differs and max(found.residuals.values()) < 1e-3:
             found, causes = self._attributed(found)
-            exercise = Exercise(self.source, rows, self.values)
+            exercise = Exercise(self.source, rows, self.values, in_pieces=self.blockwise)
             if found.passed and not surfaced:
                 self._recorded(exercise)
         main = f"{self.device.type}/float64"
@@ -325,11 +375,14 @@ class Judge:
             why = nothing
         labels = tuple(label for label, _ in self.inputs)
         passed = found.passed and not why
+        details = {"lifted": True, "blockwise": self.blockwise, "norm": passes.NORM, "torch": torch.__version__}
         result = PassResult(
-            main, "passed" if passed else "failed", why, found.residuals, GATE, labels, {"lifted": True}, found.differs
+            main, "passed" if passed else "failed", why, found.residuals, GATE, labels, details, found.differs
         )
-        return Proof(
-            passes=(result, *self._other_passes(wanted, main, found.places)),
+        if self.blockwise:
+            self.notes.append(BLOCKWISE)
+        proof = Proof(
+            passes=(result,),
             not_exercised=tuple(gaps),
             symmetries=tuple(symmetries),
             storage=self._storage() if passed else 0.0,
@@ -339,6 +392,7 @@ class Judge:
             notes=tuple(self.notes),
             adapted=self._adapted(),
         )
+        return proof, found.places
 
     def _adapted(self) -> tuple[str, ...]:
         def dtype_of(name: str) -> str:
@@ -436,8 +490,17 @@ class Judge:
     def _storage(self) -> float:
         """The residual with the values as the target stores them."""
         own = own_tensors(self.target)
-        stored = {n: v.to(own[n].dtype) for n, v in self.values.items()}
-        if all(stored[n] is v or torch.equal(stored[n].to(v.dtype), v) for n, v in self.values.items()):
+        stored: dict[str, Tensor] = {}
+        for n, v in self.values.items():
+            dtype = own[n].dtype
+            rounded = v if v.dtype == dtype else twin_of.formed(v).to(dtype)
+            if rounded is v or torch.equal(rounded.to(v.dtype), twin_of.formed(v)):
+                stored[n] = v  # nothing is lost, and nothing need be held twice
+            elif self.blockwise:
+                stored[n] = twin_of.Made(partial(_rounded, v, dtype), rounded, rounded.device)
+            else:
+                stored[n] = rounded
+        if all(stored[n] is v for n, v in self.values.items()):
             return 0.0
         keep, self.notes = self.notes, []
         again = self.compare(self.expected, self.target_twin(stored, new=self.probe.run_target is None))
@@ -453,10 +516,24 @@ class Judge:
             if missing:
                 yield PassResult(name, "not run", missing)
             elif parsed.dtype is torch.float64:
-                other = Judge(self.source, self.target, self.plan, self.probe, device=parsed.device, links=self.links)
-                yield other.prove().passes[0]
+                other = Judge(
+                    self.source, self.target, self.plan, self.probe,
+                    device=parsed.device, links=self.links, blockwise=self.blockwise,
+                )  # fmt: skip
+                yield replace(other.prove().passes[0], name=name)
             else:
                 yield passes.run(self, parsed, places)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return twin_of.formed(value).to(dtype)
+
+
+def large(reference: nn.Module, target: nn.Module) -> bool:
+    """Do both models, in float64, take more memory than is free? False where the system does not say what is free."""
+    free = machine.available_memory()
+    held = sum(t.numel() for m in (reference, target) for t in m.parameters())
+    return free is not None and 8 * held > free
 
 
 def home(module: nn.Module) -> torch.device:

@@ -5,9 +5,10 @@ Nothing here writes to a person's module: what runs is a twin or a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from surgery import twin
 from surgery.checkpoint import Checkpoint
 from surgery.errors import GraftError, SurgeryError
-from surgery.expr import evaluate_unrounded
+from surgery.expr import evaluate_unrounded, names
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
 
@@ -35,9 +36,12 @@ def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
-def unrounded(plan: Plan, source: Checkpoint, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def unrounded(
+    plan: Plan, source: Checkpoint, held: Mapping[str, Tensor] | None = None, *, on_use: bool = False
+) -> dict[str, Tensor]:
     """The values of a plan's rows. Relayouts stay in the source's type, where they are exact; arithmetic is in
-    float64. `held`: tensors of the source that are in memory already."""
+    float64. `held`: tensors of the source that are in memory already. `on_use`: a value that is no view of the source
+    is not held, but made anew whenever an operation consumes it."""
 
     def read(name: str) -> Tensor:
         return held[name] if held is not None and name in held else source.read(name)
@@ -45,11 +49,21 @@ def unrounded(plan: Plan, source: Checkpoint, held: Mapping[str, Tensor] | None 
     values: dict[str, Tensor] = {}
     for row in plan.rows:
         if row.expr is not None:
-            values[row.target] = evaluate_unrounded(row.expr, read, twin.lift)
+            value = evaluate_unrounded(row.expr, read, twin.lift)
+            if on_use and not _shares(value, [read(name) for name in names(row.expr)]):
+                make = partial(evaluate_unrounded, row.expr, read, twin.lift)
+                value = twin.Made(make, value, value.device)
+            values[row.target] = value
     for row in plan.rows:
         if row.tied_to is not None and row.tied_to in values:
             values[row.target] = values[row.tied_to]
     return values
+
+
+def _shares(value: Tensor, others: Iterable[Tensor]) -> bool:
+    """Does it lie in the memory of one of these?"""
+    at = value.untyped_storage().data_ptr()
+    return any(t.untyped_storage().data_ptr() == at for t in others)
 
 
 def perturbed(t: Tensor, seed: int) -> Tensor:
@@ -71,20 +85,20 @@ def build(
     name and `also` by id stand in place of the module's own tensors."""
     own = all_tensors(module)
     put = {id(own[name]): value for name, value in values.items() if name in own} | dict(also or {})
-    names = {id(t): name for name, t in own.items()}
+    called = {id(t): name for name, t in own.items()}
 
     def replace(t: Tensor) -> Tensor:
         value = put.get(id(t), t).detach()
         if value.is_meta:
             raise GraftError(
-                f"{names.get(id(t), 'a tensor')} is on the meta device and no row fills it: nothing can be run",
+                f"{called.get(id(t), 'a tensor')} is on the meta device and no row fills it: nothing can be run",
                 hint="Build the target on the CPU, or give this tensor values first.",
             )
         value = value.to(device)
         written = not isinstance(t, nn.Parameter)  # by a forward pass: then the copy has one of its own
         if dtype is None:
             return twin.lifted_tensor(value, written=written)
-        return value.to(dtype if value.is_floating_point() else value.dtype, copy=written)
+        return twin.formed(value).to(dtype if value.is_floating_point() else value.dtype, copy=written)
 
     try:
         return twin.clone(module, replace)
@@ -108,18 +122,21 @@ class Call:
 
 @contextmanager
 def watched(
-    module: nn.Module, calls: list[Call] | None, stack: list[str], sizes: frozenset[int] | None = None
+    module: nn.Module,
+    calls: list[Call] | None,
+    stack: list[str],
+    wanted: Callable[[Tensor], bool] | None = None,
 ) -> Iterator[None]:
     """While a copy runs: the path of the module that is running is on top of `stack` (and stays there after an
-    exception); finished calls are appended to `calls`, in order of completion. Tensors whose number of elements is not
-    in `sizes` are not held, and stand there empty."""
+    exception); finished calls are appended to `calls`, in order of completion. Tensors that are not `wanted` are not
+    held, and stand there empty."""
     open_calls: list[Call] = []
     handles = []
 
     def held(x: Any) -> list[Tensor]:
         with _disable_current_modes():  # a recorder must not see the copies
             found = (t for t in tree_iter(x) if isinstance(t, Tensor) and not isinstance(t, twin.Lifted))
-            return [t.detach().clone() if sizes is None or t.numel() in sizes else t.new_empty(0) for t in found]
+            return [t.detach().clone() if wanted is None or wanted(t) else t.new_empty(0) for t in found]
 
     def enter(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -177,12 +194,12 @@ class Side:
         module: nn.Module,
         label: str,
         calls: list[Call] | None = None,
-        sizes: frozenset[int] | None = None,
+        wanted: Callable[[Tensor], bool] | None = None,
     ) -> Iterator[None]:
         """What the side raises becomes an error for the person, with the module where it happened."""
         stack: list[str] = []
         try:
-            with watched(module, calls, stack, sizes):
+            with watched(module, calls, stack, wanted):
                 yield
         except Exception as error:
             where = f" in {stack[-1]}" if stack and stack[-1] else ""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
+from surgery.mapper.record import NEAR, FingerprintIndex, Tape, fingerprint
 from surgery.proof import GATE
 from surgery.running import Call
 
@@ -130,7 +130,7 @@ def search(expected: Tensor, tape: Tape, index: FingerprintIndex, calls: list[Ca
     on filled tensors are in `index`."""
     f = fingerprint(expected)
     best, near = INF, -1
-    for tol in (1e-9, 1e-5, 1e-2):
+    for tol in (1e-9, 1e-5, NEAR):
         hits = []
         for vid in index.find(f, tol):
             value = tape.values[vid]

@@ -63,10 +63,51 @@ class Lifted(Tensor):
         return call(func, args, kwargs or {})
 
 
+class Made(Tensor):
+    """A tensor that is computed anew whenever an operation consumes it, and held nowhere."""
+
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> Made:
+        """`like` has the shape, strides and type of what `make` gives on `device`; it is not kept."""
+        out: Made = Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, requires_grad=False
+        )
+        out.make = make
+        return out
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Made({tuple(self.shape)}, {self.dtype})"
+
+    def formed(self) -> Tensor:
+        return self.make().detach()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        one = args[0] if args else None
+        if isinstance(one, Made) and func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Made(one.make, one, one.device)
+        if isinstance(one, Made) and func in TURNS:
+            like = torch.empty_strided(tuple(one.shape), one.stride(), dtype=one.dtype, device="meta")
+            return Made(lambda: func(one.formed(), *args[1:]), func(like, *args[1:]), one.device)
+        return func(*mapped(formed, args), **{k: mapped(formed, v) for k, v in (kwargs or {}).items()})
+
+
+def formed(x: Any) -> Any:
+    """A tensor that is made on use, with its values; anything else as it is."""
+    return x.formed() if isinstance(x, Made) else x
+
+
 def lift(x: Any) -> Any:
     """A lower-precision tensor as float64, a low dtype as torch.float64, anything else as it is."""
     if isinstance(x, Lifted):
-        return x.stored.detach().to(torch.float64)
+        return formed(x.stored).detach().to(torch.float64)
+    x = formed(x)
     if isinstance(x, Tensor):
         return x.to(torch.float64) if x.dtype in LOW else x
     if isinstance(x, torch.dtype) and x in LOW:
@@ -89,7 +130,7 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
     if func in TURNS and isinstance(args[0], Lifted):
         return Lifted(func(args[0].stored.detach(), *args[1:], **kwargs))
     if func is torch.ops.aten.mm.default and args[1].numel() > SCRATCH and (w := _low(args[1])) is not None:
-        return _mm_in_parts(lift(args[0]), w)
+        return _mm_in_parts(lift(args[0]), formed(w))
     if func in PRODUCTS:
         return func(*_raised(args), **{k: mapped(lift, v) for k, v in kwargs.items()})
     return func(*mapped(lift, args), **{k: mapped(lift, v) for k, v in kwargs.items()})
@@ -217,7 +258,7 @@ def lifted_tensor(t: Tensor, *, written: bool) -> Tensor:
     """The stand-in of one tensor in a twin. `written`: a forward pass may write into it (a buffer), so it is a copy."""
     if written:
         return t.detach().to(torch.float64 if t.dtype in LOW else t.dtype, copy=True)
-    return Lifted(t.detach()) if t.dtype in LOW else t.detach()
+    return Lifted(t.detach()) if t.dtype in LOW or isinstance(t, Made) else t.detach()
 
 
 def twin(module: nn.Module, values: Mapping[str, Tensor] | None = None, *, written: bool = True) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,11 +13,11 @@ from zoo import account
 from zoo.cli import command
 from zoo.cli_graft import Asked, Job, _page_for, _prepare, _running, _write_page
 from zoo.errors import NO, ZooError
-from zoo.out import Out
+from zoo.out import Out, size, table
 
 if TYPE_CHECKING:
     import surgery
-    from surgery.proof import Proof
+    from surgery.proof import PassResult, Proof
     from zoo.attempts import Attempt
 
 
@@ -30,7 +31,27 @@ if TYPE_CHECKING:
 @click.option("--fit", is_flag=True, help="Take the arguments that the checkpoint's config.json has.")
 @click.option("--example", metavar="FILE:FUNC", help="Where inputs for forward come from; else example() in FILE.")
 @click.option("--into", default="", metavar="PATH", help="The submodule that was grafted into.")
-@click.option("--on", "passes", multiple=True, metavar="DEVICE/DTYPE", help="As in cuda/bfloat16; repeatable.")
+@click.option(
+    "--on",
+    "on",
+    multiple=True,
+    metavar="DEVICE/DTYPE",
+    help="Run it so as well, as in cuda/bfloat16; repeatable. Else all that this machine has.",
+)
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    metavar="DEVICE[/DTYPE]",
+    help="The answer is no where this was not run and passed, as in cuda; repeatable.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Through torch.compile as well, both sides.")
+@click.option(
+    "--blockwise/--no-blockwise",
+    "blockwise",
+    default=None,
+    help="Raise the weights of one operator at a time to float64. Else where both models do not fit in float64.",
+)
 @click.option("--html", metavar="REPORT.html", help="Write what it says as a page too, whatever the answer is.")
 def verify(
     out: Out,
@@ -43,12 +64,16 @@ def verify(
     fit: bool,
     example: str | None,
     into: str,
-    passes: tuple[str, ...],
+    on: tuple[str, ...],
+    required: tuple[str, ...],
+    compiled: bool,
+    blockwise: bool | None,
     html: str | None,
 ) -> int:
     from zoo import written
 
     page = _page_for(html)
+    passes = _passes(on, required, compiled)
     path = written.destination(weights, file)
     made = written.read(path)
     asked = Asked(
@@ -59,16 +84,27 @@ def verify(
     if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
     with _running(job.target):
-        proof, way = _verified(job, made.plan, passes or ("cpu/float64",), into)
-    good = not wrong and proof.verdict in ("proven", "adapted")
-    verdict = proof.verdict if good or proof.verdict not in ("proven", "adapted") else "differs"
-    message = "; ".join([*wrong, *([proof.message] if proof.message else [])])
-    thing = {"verdict": verdict, "rows": [], "proof": proof.as_dict(), "wrote": [], "message": message}
+        proof, way = _verified(job, made.plan, passes, into, blockwise)
+    proven = proof.verdict in ("proven", "adapted")
+    unmet = list(_unmet(proof, required))
+    verdict = "differs" if wrong and proven else proof.verdict
+    message = "; ".join([*wrong, *([proof.message] if proof.message else []), *unmet])
+    good = proven and not wrong and not unmet
+    thing = {
+        "verdict": verdict,
+        "rows": [],
+        "proof": proof.as_dict(),
+        "required": list(required),
+        "unmet": unmet,
+        "wrote": [],
+        "message": message,
+    }
 
     def human() -> str:
         lines = [f"{job.source.ref} -> {job.target}, weights {path}", *account.said(proof)]
-        lines.append(f"{verdict}: {message}" if message else verdict)
-        return "\n".join(account.wrapped(lines, account.terminal_width()))
+        last = f"{verdict}: {message}" if message else verdict
+        width = account.terminal_width()
+        return "\n".join([*account.wrapped(lines, width), "", *_ran(proof), *account.wrapped([last], width)])
 
     if page is not None:
         from surgery import Report
@@ -86,7 +122,86 @@ def verify(
     return 0 if good else NO
 
 
-def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) -> tuple[Proof, Attempt]:
+def _passes(on: tuple[str, ...], required: tuple[str, ...], compiled: bool) -> tuple[str, ...]:
+    """The passes to run: those that were asked for, or all of this machine; those that are required; and those through
+    torch.compile."""
+    from surgery import passes
+
+    wanted = dict.fromkeys(on or passes.of_machine())
+    for name in wanted:
+        passes.parse(name)
+    for name in required:
+        if not any(_answers(each, name) for each in wanted):
+            wanted.update(dict.fromkeys([name] if "/" in name else passes.of_device(name)))
+        if "/" in name:
+            passes.parse(name)
+    if compiled:
+        plain = [n for n in wanted if passes.COMPILE not in n and not n.endswith("/float64")]
+        if not plain:
+            raise ZooError(
+                "--compile: the float64 proof runs operator by operator, and no other pass was asked for",
+                hint="add one, as in --on cpu/float32",
+            )
+        wanted.update(dict.fromkeys(name + passes.COMPILE for name in plain))
+    return tuple(wanted)
+
+
+def _answers(name: str, required: str) -> bool:
+    """Is this pass one of those required? "cuda" asks for every pass on it, "cuda/bfloat16" for that one."""
+    device = name.partition("/")[0]
+    return required in (name, device, device.partition(":")[0])
+
+
+def _unmet(proof: Proof, required: tuple[str, ...]) -> Iterator[str]:
+    for name in required:
+        for each in proof.passes:
+            if _answers(each.name, name) and each.status != "passed":
+                yield f"{name} is required, and {each.name} {_outcome(each)}"
+
+
+def _outcome(each: PassResult) -> str:
+    return f"was not run: {each.why}" if each.status == "not run" else f"{each.status}: {each.why}"
+
+
+def _ran(proof: Proof) -> Iterator[str]:
+    """What each pass took, and the settings that it ran under."""
+    rows = [("pass", "", "time", "peak memory", "ran with")]
+    for each in proof.passes:
+        known = each.details
+        seconds, memory = known.get("seconds"), known.get("peak_bytes")
+        rows.append(
+            (
+                each.name,
+                each.status,
+                f"{seconds:.2f} s" if seconds is not None else "",
+                size(memory) if memory is not None else "",
+                "; ".join(_settings(known)) if each.status != "not run" else each.why,
+            )
+        )
+    yield from table(rows).splitlines()
+
+
+def _settings(known: Mapping[str, Any]) -> Iterator[str]:
+    if "lifted" in known:
+        yield "casts lifted" + (", block by block" if known.get("blockwise") else "")
+        return
+    sdpa = known["sdpa"]
+    if sdpa["reference"] == sdpa["target"]:
+        yield f"attention {' and '.join(sdpa['target']) or 'not by SDPA'}"
+    else:
+        both = (f"{' and '.join(sdpa[side]) or 'not by SDPA'} ({side})" for side in ("reference", "target"))
+        yield f"attention {', '.join(both)}"
+    yield f"TF32 {'on' if known['tf32'] else 'off'}"
+    yield f"deterministic algorithms {'on' if known['deterministic'] else 'off'}"
+    made = known["compile"]
+    if made is not None:
+        breaks = sum(made["graph_breaks"].values())
+        yield f"torch.compile by {made['backend']}, {sum(made['graphs'].values())} graphs, {breaks} breaks"
+
+
+def _verified(
+    job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str, blockwise: bool | None
+) -> tuple[Proof, Attempt]:
     """The proof of a plan, by the way it was made; and that way."""
     import surgery
     from zoo.grafting import outputs_left, with_outputs
@@ -98,7 +213,9 @@ def _verified(job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str) 
         if way.narrowed and way.narrowed not in plan.notes:
             continue  # the plan was proven for more than that
         held = job.source.checkpoint
-        run = partial(surgery.verify, held, job.target.model, plan, passes=passes, rules=way.rules, into=into)
+        run = partial(
+            surgery.verify, held, job.target.model, plan, passes=passes, rules=way.rules, into=into, blockwise=blockwise
+        )
         try:
             proof = run(probe=way.probe)
         except surgery.PlanError as error:  # it was made in other sizes
