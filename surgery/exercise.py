@@ -345,11 +345,18 @@ def _perturbed_leaf(held: Tensor, vid: int, items: list[Item]) -> Tensor:
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:
+    """Do they differ? Some rows at a time: of a weight in float64, every step makes another copy."""
     if not a.is_floating_point():
         return not torch.equal(a, b)
-    a, b = (torch.where(t.abs() < HUGE, t, 0.0) for t in (a, b))  # a masked score is no measure of the others
-    top = float(a.abs().max()) if a.numel() else 0.0
-    return bool(a.numel()) and float((a - b).abs().max()) > SHOWN * max(top, 1e-300)
+    x, y = (twin.formed(t.stored if isinstance(t, twin.Lifted) else t).reshape(-1, *t.shape[1:]) for t in (a, b))
+    top = difference = 0.0
+    step = max(1, ROWS * len(x) // max(1, x.numel()))
+    for at in range(0, len(x) if x.numel() else 0, step):
+        p, q = twin.lift(x[at : at + step]), twin.lift(y[at : at + step])
+        # A masked score is no measure of the others.
+        p, q = torch.where(p.abs() < HUGE, p, 0.0), torch.where(q.abs() < HUGE, q, 0.0)
+        top, difference = max(top, float(p.abs().max())), max(difference, float((p - q).abs().max()))
+    return difference > SHOWN * max(top, 1e-300)
 
 
 def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
@@ -372,7 +379,7 @@ def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item
             t = tape.values[vid].tensor
             if t is None:
                 raise NotFaithful(f"value {vid} was not kept")
-            return twin.lift(t)
+            return twin.lifted_tensor(t, written=False)  # raised to float64 where it is used
         return known[vid]
 
     def changed_leaf(vid: int) -> Tensor:

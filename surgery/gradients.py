@@ -68,9 +68,17 @@ class Deferred(Tensor):
             other = args[1]
             return Deferred(tuple(one.shape), one.products + other.products, one.rows + other.rows)
 
+        if isinstance(one, Deferred) and (more := _added(func, args, kwargs)) is not None:
+            return Deferred(tuple(one.shape), one.products, (*one.rows, more))
+
         def formed(x: Any) -> Any:
             return x.dense() if isinstance(x, Deferred) else x
 
+        if isinstance(one, Deferred) and func._schema.is_mutable:  # what is written into it is kept as rows
+            dense = one.dense()
+            twin.call(func, twin.mapped(formed, (dense, *args[1:])), kwargs)
+            one.products, one.rows = (), ((torch.arange(len(dense), device=dense.device), dense),)
+            return one
         return twin.call(func, twin.mapped(formed, args), {k: twin.mapped(formed, v) for k, v in kwargs.items()})
 
     def dense(self) -> Tensor:
@@ -112,6 +120,32 @@ class Deferred(Tensor):
         return [rows, columns]
 
 
+def _alike(t: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Is what is made beside t, by these options, a plain float64 tensor where t is?"""
+    return (
+        kwargs.get("dtype") in (None, torch.float64)
+        and t.dtype == torch.float64
+        and kwargs.get("device") in (None, t.device)
+        and kwargs.get("layout") in (None, torch.strided)
+    )
+
+
+def _added(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    """The rows that an operator adds to its first operand, and their numbers; None where it does something else."""
+    if kwargs:
+        return None
+    if func is aten.index_add.default and args[1] in (0, -2):
+        at, rows = args[2], args[3]
+    elif func is aten.index_put.default and len(args) > 3 and args[3] and len(args[1]) == 1:
+        at, rows = args[1][0], args[2]
+    else:
+        return None
+    if at is None or at.dtype != torch.int64 or any(type(t) is not Tensor for t in (at, rows)):
+        return None
+    shape = (*at.shape, args[0].shape[1])
+    return at.reshape(-1) % args[0].shape[0], rows.expand(shape).reshape(-1, shape[-1])
+
+
 class Deferring(TorchDispatchMode):
     """Keeps large gradients of matrices as the products that they are."""
 
@@ -126,6 +160,11 @@ class Deferring(TorchDispatchMode):
             if n * rows.shape[1] >= LARGE:
                 kept = at != padding
                 return Deferred((n, rows.shape[1]), (), ((at[kept], rows[kept]),))
+        if func is aten.new_zeros.default and len(args[1]) == 2 and _alike(args[0], kwargs or {}):
+            n, m = args[1]
+            if n * m >= LARGE:
+                none = torch.empty(0, dtype=torch.int64, device=args[0].device)
+                return Deferred((n, m), (), ((none, args[0].new_empty((0, m))),))
         return twin.call(func, args, kwargs or {})
 
 

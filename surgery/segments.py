@@ -18,7 +18,7 @@ from surgery.gradients import Deferring, largest
 from surgery.mapper.record import Tape
 
 PIECE = 1 << 25  # bytes that a piece computes, at least
-WINDOW = 8  # and at most so many times as much: a cut is where the least crosses, between the two
+WINDOW = 32  # and at most so many times as much: a cut is where the least crosses, between the two
 
 Replay = Callable[[list[int], Mapping[int, Tensor], list[int]], dict[int, Tensor]]  # nodes, leaves, values to keep
 
