@@ -29,13 +29,14 @@ from surgery.errors import GraftError
 from surgery.exercise import Exercise, NotFaithful
 from surgery.expr import kind, names
 from surgery.link import held, link
-from surgery.mapper.record import NEAR, NotRecordable, Tape, fingerprint, record, same
+from surgery.mapper.record import NEAR, Fingerprint, NotRecordable, Tape, fingerprint, record, same
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
 from surgery.proof import GATE, PassResult, Proof
 from surgery.running import MADE, Call, Side, all_tensors, build, own_tensors, perturbed, unrounded
 from surgery.surface import INF, Place
 
+CLOSE = 1e-5  # relative; what storing constants in float32 does to a fingerprint is less
 BLOCKWISE = "block by block: weights are raised to float64, and gradients taken, a piece of the run at a time"
 
 
@@ -75,7 +76,7 @@ class Judge:
         blockwise: bool | None = None,
     ) -> None:
         self.source, self.target, self.plan, self.probe = source, target, plan, probe
-        self.blockwise = large(probe.reference, target) if blockwise is None else blockwise
+        self.blockwise = not machine.fits(probe.reference, target) if blockwise is None else blockwise
         self.device = device or home(target)
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
         self.links = links if links is not None else link(probe.reference, source)
@@ -175,17 +176,27 @@ class Judge:
         label, x = self.inputs[at]
         x = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, x)
         near = None if like is None else [f for t in like if (f := fingerprint(t)) is not None]
+        # Outputs of one norm are of one size, whatever the layer: of a large model, a look-alike is not held.
+        within = CLOSE if self.blockwise else NEAR
 
-        def wanted(t: Tensor) -> bool:
-            if sizes is not None and t.numel() not in sizes:
-                return False
+        def wanted(f: Fingerprint) -> bool:
+            return any(same(each, f, within) for each in near or ())
+
+        def held(t: Tensor) -> bool:
             if near is None or not t.is_floating_point():
-                return True
-            f = fingerprint(t)
-            return f is not None and any(same(each, f, NEAR) for each in near)
+                return sizes is None or t.numel() in sizes
+            return (sizes is None or t.numel() in sizes) and (f := fingerprint(t)) is not None and wanted(f)
 
-        with side.failures(twin, label, calls, wanted):
-            return record(side.run, twin, x, weights=weights, sizes=sizes, returned=returned, near=near)
+        with side.failures(twin, label, calls, held):
+            return record(
+                side.run,
+                twin,
+                x,
+                weights=weights,
+                sizes=sizes,
+                returned=returned,
+                wanted=None if near is None else wanted,
+            )
 
     # -- comparing ------------------------------------------------------------------------------------------------
     def compare(self, expected: list[list[Tensor]], target: nn.Module, exercise: Exercise | None = None) -> Comparison:
@@ -527,13 +538,6 @@ class Judge:
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return twin_of.formed(value).to(dtype)
-
-
-def large(reference: nn.Module, target: nn.Module) -> bool:
-    """Do both models, in float64, take more memory than is free? False where the system does not say what is free."""
-    free = machine.available_memory()
-    held = sum(t.numel() for m in (reference, target) for t in m.parameters())
-    return free is not None and 8 * held > free
 
 
 def home(module: nn.Module) -> torch.device:

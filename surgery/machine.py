@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 _EVERY = 0.002  # seconds between two looks at the process
 
@@ -28,6 +29,12 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         return free
     return free if most == "max" else min(free, max(0, int(most) - used))
+
+
+def fits(*modules: nn.Module) -> bool:
+    """Is there memory for all parameters of these modules in float64? True where the system does not say."""
+    free = available_memory()
+    return free is None or 8 * sum(t.numel() for m in modules for t in m.parameters()) <= free
 
 
 def _field(file: str, name: str) -> int | None:

@@ -184,7 +184,7 @@ class Recorder(TorchDispatchMode):
         spare: bool = False,
         tables: bool = False,
         made_up: bool = False,
-        near: Sequence[Fingerprint] | None = None,
+        wanted: Callable[[Fingerprint], bool] | None = None,
     ) -> None:
         super().__init__()
         self.made_up = made_up
@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
-        self.near = near
+        self.wanted = wanted
         self.spare = spare
         self.held: dict[int, list[int]] = {}  # values whose tensors share their memory with what the program holds
         self.recent: deque[tuple[int, int]] = deque()  # values that may be let go, and their bytes
@@ -212,7 +212,9 @@ class Recorder(TorchDispatchMode):
         told = (self.sizes is None or t.numel() in self.sizes) and not moved
         if value.origin == "node" and (value.data or value.weights) and told:
             value.fingerprint = fingerprint(t) if like is None else like.fingerprint
-        if value.origin != "param" and (not t.is_floating_point() or (told and self._may_be(value.fingerprint))):
+        f = value.fingerprint
+        told = told and (self.wanted is None or (f is not None and self.wanted(f)))
+        if value.origin != "param" and (not t.is_floating_point() or told):
             self._hold(t, vid, value)
         self.tape.values.append(value)
         self.tape.consumers.append([])
@@ -220,10 +222,6 @@ class Recorder(TorchDispatchMode):
         if not isinstance(t, twin.Lifted) and t.numel():
             self.storages.setdefault(t.untyped_storage()._cdata, []).append(weakref.ref(t))
         return vid
-
-    def _may_be(self, f: Fingerprint | None) -> bool:
-        """Is it one of the values that are looked for?"""
-        return self.near is None or (f is not None and any(same(each, f, NEAR) for each in self.near))
 
     def _hold(self, t: Tensor, vid: int, value: Value) -> None:
         """Keep what a value was; it is copied only when the program writes into its memory."""
@@ -544,7 +542,7 @@ def record(
     returned: list[Tensor] | None = None,
     tables: bool = False,
     made_up: bool = False,
-    near: Sequence[Fingerprint] | None = None,
+    wanted: Callable[[Fingerprint], bool] | None = None,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -554,10 +552,10 @@ def record(
     anyway. `spare`: of activations that no sum of weights refers to, keep the fingerprint only.
     `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
     gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data. `made_up`:
-    of products of data and weights, give any numbers; for who wants the operators and not their values. `near`: hold
-    only activations with a fingerprint like one of these, up to NEAR.
+    of products of data and weights, give any numbers; for who wants the operators and not their values. `wanted`:
+    hold only activations of which it says so.
     """
-    rec = Recorder(keep, sizes, spare, tables, made_up, near)
+    rec = Recorder(keep, sizes, spare, tables, made_up, wanted)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers
