@@ -80,7 +80,8 @@ class Judge:
         self.device = device or home(target)
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
         self.links = links if links is not None else link(probe.reference, source)
-        self.values = unrounded(plan, source, held(probe.reference, source, self.links), on_use=self.blockwise)
+        with machine.giving_back(self.blockwise):
+            self.values = unrounded(plan, source, held(probe.reference, source, self.links), on_use=self.blockwise)
         self.inputs = probe.proof_inputs()
         if not self.inputs:
             raise GraftError("the probe has no inputs", hint="Give at least one to search with and one to prove with.")
@@ -341,7 +342,7 @@ class Judge:
         """The float64 proof, and the passes that are wanted beside it."""
         started = time.perf_counter()
         peak = machine.Peak(self.device)
-        with peak:
+        with peak, machine.giving_back(self.blockwise):
             main, places = self._main()
         took = {
             "seconds": round(time.perf_counter() - started, 4),

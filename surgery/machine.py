@@ -5,8 +5,12 @@ Sources: proc(5) (MemAvailable, VmHWM, statm); the kernel's cgroup-v2 (memory.ma
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _EVERY = 0.002  # seconds between two looks at the process
 
 
@@ -53,6 +58,23 @@ def _resident() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
+
+
+@contextlib.contextmanager
+def giving_back(wanted: bool) -> Iterator[None]:
+    """Inside, where it is wanted, memory of tensors that are let go of is the system's again at once. glibc would keep
+    pieces of up to 32 MiB (see surgery.twin), and cannot use one again for an aligned tensor of the same size
+    (malloc(3), mallopt(3)). Elsewhere than on glibc nothing is done."""
+    libc = ctypes.CDLL(None) if wanted and sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
 class Peak:
