@@ -242,19 +242,12 @@ def resident(field: str) -> int:
 
 
 def mapped(build: Callable[[], Any], source: Any) -> Any:
-    """The reference as views of the file: its parameters are never made, and what no file holds is."""
-    import torch
+    """The reference as views of the file: its weights are never drawn, and what no file holds is made."""
+    import zoo
 
-    with torch.device("meta"):
-        model = build()
+    model = zoo.unfilled(build)
     state = {name: source.read(name) for name in model.state_dict() if name in source}
     model.load_state_dict(state, strict=True, assign=True)
-    small = None
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:  # position numbers and the like
-            small = small if small is not None else dict(build().named_buffers())
-            owner, _, local = name.rpartition(".")
-            setattr(model.get_submodule(owner), local, small[name].clone())
     return model.requires_grad_(False).eval()
 
 
