@@ -250,6 +250,15 @@ def _side(judge: Judge, side: Side, module: nn.Module, wanted: Pass, places: Seq
     return ran
 
 
+def outputs(
+    side: Side, module: nn.Module, x: Any, label: str, wanted: Pass, calls: list[Call] | None = None
+) -> list[Tensor]:
+    """What one side returns for x as a pass runs it; nothing is compiled. `calls`: see surgery.running.watched."""
+    devices = [wanted.device] if wanted.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        return side.outputs(module, _moved(x, wanted), label, calls=calls, exact=False)
+
+
 def _moved(x: Any, wanted: Pass) -> Any:
     def move(t: Any) -> Any:
         if not isinstance(t, Tensor):

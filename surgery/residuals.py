@@ -105,7 +105,7 @@ def by_depth(
 
 def _run(judge: Judge, wanted: Any) -> tuple[list[Call], list[Call]]:
     """The calls of both sides on the first proof input: of float64 twins, or of copies in the type of a pass."""
-    from surgery.passes import _outputs
+    from surgery.passes import outputs
     from surgery.running import build
 
     label, x = judge.inputs[0]
@@ -118,9 +118,9 @@ def _run(judge: Judge, wanted: Any) -> tuple[list[Call], list[Call]]:
     else:
         values = {**judge.new, **judge.values}
         reference = build(judge.probe.reference, {}, wanted.device, wanted.dtype)
-        _outputs(judge.reference_side, reference, x, label, wanted, theirs)
+        outputs(judge.reference_side, reference, x, label, wanted, theirs)
         target = build(judge.target, values, wanted.device, wanted.dtype)
-        _outputs(judge.target_side, target, x, label, wanted, ours)
+        outputs(judge.target_side, target, x, label, wanted, ours)
     return theirs, ours
 
 
@@ -131,7 +131,7 @@ def _depth(judge: Judge, wanted: Any, pairs: Sequence[_Pair], exact: Sequence[Te
     from surgery.passes import unavailable
 
     label = judge.inputs[0][0]
-    why = unavailable(wanted)
+    why = unavailable(wanted) or ("inside of a compiled program there is nothing to see" if wanted.compiled else "")
     if why:
         return Depth(wanted.name, label, (), why=why)
     theirs: Sequence[Call] | None = None
