@@ -294,14 +294,14 @@ def measure(name: str, tokens: int, whole: bool, held: bool) -> dict[str, Any]:
         plan = Plan(tuple(rows), (), Stamp.of(source), Stamp.of(infos(target)))
         inputs = [pair.inputs(0, 2, 12), pair.inputs(1, 2, 12), pair.inputs(2, 1, 1), pair.inputs(3, 1, tokens)]
         size = 4 * sum(p.numel() for p in reference.parameters())
-        start = time.perf_counter()
-        twin.run(pair.run_reference, twin.twin(reference), inputs[-1])
-        forward = time.perf_counter() - start
         probe = surgery.Probe(reference, pair.run_reference, pair.run_target, inputs)
         start = time.perf_counter()
         proof = surgery.verify(source, target, plan, probe=probe, blockwise=not whole)
         took = time.perf_counter() - start
         peak = resident("VmHWM") - before
+        start = time.perf_counter()
+        twin.run(pair.run_reference, twin.twin(reference), inputs[-1])
+        forward = time.perf_counter() - start
     return {
         "verdict": str(proof.verdict), "message": proof.message, "size": size, "peak_x": peak / size,
         "block_float64_x": 8 * pair.block / size, "seconds": took, "forward": forward, "x_forward": took / forward,

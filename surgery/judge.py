@@ -79,8 +79,8 @@ class Judge:
         self.blockwise = not machine.fits(probe.reference, target) if blockwise is None else blockwise
         self.device = device or home(target)
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
-        self.links = links if links is not None else link(probe.reference, source)
         with machine.giving_back(self.blockwise):
+            self.links = links if links is not None else link(probe.reference, source)
             self.values = unrounded(plan, source, held(probe.reference, source, self.links), on_use=self.blockwise)
         self.inputs = probe.proof_inputs()
         if not self.inputs:
