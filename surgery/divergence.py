@@ -1,41 +1,163 @@
-"""Where two programs part: the first module of the target whose inputs occur in the reference and whose output does
-not.
+"""Where two programs part: the target's module and line, the reference's module, and the cause.
 
-Activations are paired by value, up to layout, so that fused and split models compare. A module whose output does not
-occur is no divergence as long as something after it does: a fused projection occurs nowhere in a model that has
-three. So the search begins after the last output that does occur. Likely causes are tried, not guessed: each is
-removed and the model run again.
+Both runs are recorded and paired by value (surgery.pairing). What follows the first difference inherits it: a cause is
+tried there, on the target's run, with what both sides have fed in (surgery.causes, surgery.wrong_weights), and claimed
+only where it removes the difference; what differs then is an error of its own. A target whose run cannot be recorded is
+looked at module by module instead.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from surgery import surface
+from surgery import surface, wrong_weights
+from surgery.causes import causes
 from surgery.errors import GraftError
 from surgery.expr import Name, names
-from surgery.mapper.record import FingerprintIndex, Tape, fingerprint
+from surgery.mapper.record import FingerprintIndex, Tape, fingerprint, record
+from surgery.pairing import MATCH, Found, Pair, Place, Run, Untold, caller, cuts
 from surgery.proof import Divergence
-from surgery.running import Call
+from surgery.running import Call, Side, all_tensors
 
 if TYPE_CHECKING:
     from surgery.judge import Judge
 
-EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
-EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
-_MATCH = 1e-9
-_TRIALS = 48  # runs that looking for the cause may cost
+SECONDS = 60.0  # that looking for the cause may take
+FURTHER = 4  # places that are named beside the first
 
 
+def diverge(judge: Judge, at: int) -> Divergence:
+    """The first divergence on the input of this number."""
+    try:
+        found = _recorded(judge, at)
+    except (GraftError, Untold):
+        found = None  # a run that no tape holds: its modules are compared instead
+    return found or _by_modules(judge, at)
+
+
+def _recorded(judge: Judge, at: int) -> Divergence | None:
+    surfaced = judge.probe.run_target is None
+    twin = judge.target_twin(new=surfaced)
+    theirs_tape = _tape(judge, judge.reference_side, judge.reference_twin(), at, set(judge.links))
+    ours_tape = _tape(judge, judge.target_side, twin, at, set(judge.values))
+    theirs = Run(theirs_tape, theirs_tape.outputs())
+    ours = Run(ours_tape, ours_tape.outputs())
+    if surfaced:
+        ours.barred = _depending(ours_tape, set(judge.new))
+    pair = Pair(ours, theirs)
+    if surfaced:
+        ours.outputs = pair.sinks(ours)
+    place = _place(pair)
+    if place is None:
+        return None
+    stores = wrong_weights.stores_of(
+        judge.values, all_tensors(judge.probe.reference), lambda n: n in judge.links and n in theirs_tape.params
+    )
+    cause = _cause(place, stores)
+    label = judge.inputs[at][0]
+    return _told(judge, place, cause, label)
+
+
+def _tape(judge: Judge, side: Side, twin: nn.Module, at: int, weights: set[str]) -> Tape:
+    label, x = judge.inputs[at]
+    x = tree_map(lambda t: t.to(judge.device) if isinstance(t, Tensor) else t, x)
+    with side.failures(twin, label):
+        return record(side.run, twin, x, weights=weights, lines=caller)
+
+
+def _depending(tape: Tape, new: set[str]) -> set[int]:
+    """The values that depend on these tensors."""
+    found = {vid for vid, v in enumerate(tape.values) if v.name in new}
+    for node in tape.nodes:
+        if found.intersection(node.inputs):
+            found.update(o for o in node.outs if o >= 0)
+    return found
+
+
+def _place(pair: Pair) -> Place | None:
+    """The first place that is one in both runs; else the first of ours."""
+    ours, theirs = pair.frontier(pair.ours), pair.frontier(pair.theirs)
+    if not ours:
+        return None
+    shared = {i: [t for t in theirs if pair.sharing(i, t)] for i in ours[:24]}
+    first = next((i for i in ours[:24] if shared[i]), ours[0])
+    their_first = sorted(shared.get(first, []), key=lambda t: -pair.sharing(first, t)) or theirs[:4]
+    after = pair.ours.after([o for o in pair.ours.tape.nodes[first].outs if o >= 0], 80)
+    outs = [o for t in their_first for o in pair.theirs.tape.nodes[t].outs if o >= 0]
+    return Place(pair, first, their_first, [first, *after], [*their_first, *pair.theirs.after(outs, 120)])
+
+
+def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
+    """The first change that removes the divergence."""
+    started = time.monotonic()
+
+    def all_of() -> Iterator[Found]:
+        yield from wrong_weights.near(place, stores)
+        yield from causes(place)
+        yield from wrong_weights.far(place, stores)
+
+    for found in all_of():
+        return found
+    del started
+    return None
+
+
+def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Divergence:
+    pair, first = place.pair, place.first
+    node = pair.ours.tape.nodes[cause.node if cause is not None else first]
+    module = node.module if cause is None or cause.module is None else cause.module
+    out = next((o for o in pair.ours.tape.nodes[first].outs if o >= 0), -1)
+    residual, near = pair.nearest(out, dict.fromkeys([*place.theirs_after[:60]])) if out >= 0 else (surface.INF, -1)
+    theirs_at = near if near >= 0 else (place.theirs[0] if place.theirs else -1)
+    theirs = pair.theirs.tape.nodes[theirs_at].module if theirs_at >= 0 else ""
+    file, line = pair.ours.tape.lines.get(cause.node if cause is not None else first, ("", 0))
+    where = _named(judge.target, module, file, line)
+    nearly = f"; the nearest activation of the reference, in {theirs or 'its forward'}, differs by {residual:.1e}"
+    nearly = nearly if residual < 1.0 else ""
+    if cause is None:
+        said = f"{where}: what it computes here the reference does not, from inputs that both have"
+        return Divergence(module, theirs, residual, f"{said} (on {label}{nearly})", "", file, line)
+    fix = f"{where}: {cause.said}"
+    further = _further(place, cause)
+    also = f"; once that is corrected, {', '.join(further)} still differ" if further else ""
+    why = f"{fix} ({label}: the outputs part there{nearly}{also})"
+    return Divergence(module, theirs, residual, why, cause.cause, file, line, fix, further)
+
+
+def _named(target: nn.Module, module: str, file: str, line: int) -> str:
+    """A module in the person's words: its path, and its class and line where they are known."""
+    try:
+        kind = type(target.get_submodule(module)).__name__
+    except AttributeError:
+        kind = ""
+    own = type(target).__module__ if not module else ""
+    at = f"{Path(file).name}:{line}" if file else ""
+    told = ", ".join(t for t in (kind, at) if t)
+    del own
+    return f"{module or 'the module itself'} ({told})" if told else module or "the module itself"
+
+
+def _further(place: Place, cause: Found) -> tuple[str, ...]:
+    """Where the two part once this cause is removed: errors of their own, not inherited ones."""
+    pair = place.pair
+    try:
+        known, _ = pair.rerun(cause.edit)
+        left = pair.frontier(pair.ours, pair.findings(known))
+    except (Untold, RuntimeError, ValueError, IndexError, TypeError):
+        return ()
+    modules = dict.fromkeys(pair.ours.tape.nodes[i].module or "the module itself" for i in left)
+    return tuple(modules)[:FURTHER]
+
+
+# -- module by module, where a run cannot be recorded -----------------------------------------------------------------
 @dataclass
 class _Pairing:
     """What the reference computed on one input, to be looked up by value."""
@@ -52,8 +174,8 @@ class _Pairing:
         f = fingerprint(t)
         if f is None:
             return None
-        return any(math.prod(self.tape.values[v].shape) == t.numel() for v in self.index.find(f, _MATCH)) or any(
-            all(self.index.find(fingerprint(piece), _MATCH) for piece in pieces) for pieces in _cuts(t)
+        return any(math.prod(self.tape.values[v].shape) == t.numel() for v in self.index.find(f, MATCH)) or any(
+            all(self.index.find(fingerprint(piece), MATCH) for piece in pieces) for pieces in cuts(t)
         )
 
     def nearest(self, t: Tensor) -> tuple[float, str]:
@@ -72,15 +194,6 @@ class _Pairing:
         return best, where
 
 
-def _cuts(t: Tensor) -> Iterator[list[Tensor]]:
-    """Ways in which a fused output (query, key and value; gate and up) lies in its last axis, blocked or by head."""
-    n = t.shape[-1] if t.ndim > 1 else 0
-    for parts in (2, 3):
-        for groups in (g for g in range(1, 65) if n and n % (g * parts) == 0):
-            cut = t.reshape(*t.shape[:-1], groups, parts, n // (groups * parts))
-            yield [cut[..., i, :] for i in range(parts)]
-
-
 def _size(v: Any) -> int:
     return math.prod(v.shape)
 
@@ -96,8 +209,7 @@ class _Parting:
     given: list[Tensor]
 
 
-def diverge(judge: Judge, at: int) -> Divergence:
-    """The first divergence on the input of this number."""
+def _by_modules(judge: Judge, at: int) -> Divergence:
     label = judge.inputs[at][0]
     theirs_called: list[Call] = []
     try:
@@ -105,31 +217,16 @@ def diverge(judge: Judge, at: int) -> Divergence:
     except GraftError as error:
         return Divergence("", "", surface.INF, f"the two differ on {label}; where is unknown: {error}")
 
-    def calls(edit: Callable[[nn.Module], None] | None = None, around: Any = None) -> list[Call]:
-        twin = judge.target_twin(new=judge.probe.run_target is None)
-        if edit is not None:
-            edit(twin)
-        made: list[Call] = []
-        with around if around is not None else nullcontext():
-            judge.target_side.outputs(twin, judge.inputs[at][1], label, calls=made)
-        return made
-
-    parting = _parting(pairing, calls())
+    twin = judge.target_twin(new=judge.probe.run_target is None)
+    made: list[Call] = []
+    judge.target_side.outputs(twin, judge.inputs[at][1], label, calls=made)
+    parting = _parting(pairing, made)
     if parting is None:
         return Divergence("", "", surface.INF, f"the outputs differ on {label}, in what is done after the last module")
     name = parting.module or "the module itself"
     residual, theirs = pairing.nearest(parting.out) if parting.out is not None else (surface.INF, "")
     near = f"; the nearest activation of the reference, in {theirs or 'its forward'}, differs by {residual:.1e}"
     near = near if residual < 1.0 else ""
-    for cause, said, edit, around in itertools.islice(_causes(judge.target, parting.module), _TRIALS):
-        try:
-            after = _parting(pairing, calls(edit, around))
-        except GraftError:
-            continue  # the trial does not run: it is not the cause
-        if after is None or after.at > parting.at:
-            return Divergence(
-                parting.module, theirs, residual, f"{said} ({label}: the outputs part there{near})", cause
-            )
     twins = _counterparts(judge, parting.module)
     fed = [c.given for c in theirs_called if c.module in twins]
     if parting.inside and fed and not any(_same_inputs(parting.given, given) for given in fed):
@@ -158,7 +255,7 @@ def _counterparts(judge: Judge, module: str) -> set[str]:
 
 def _same_inputs(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(
-        any(a.numel() == b.numel() and surface.residual(b, a, anywhere=True) <= _MATCH for b in theirs)
+        any(a.numel() == b.numel() and surface.residual(b, a, anywhere=True) <= MATCH for b in theirs)
         for a in ours
         if a.is_floating_point()
     )
@@ -181,47 +278,3 @@ def _parting(pairing: _Pairing, calls: list[Call]) -> _Parting | None:
         strange = next((t for t in calls[i].given if pairing.occurs(t) is False), None)
         return _Parting(i, calls[i].module.rpartition(".")[0], False, strange, [])
     return None
-
-
-def _causes(target: nn.Module, module: str) -> Iterator[tuple[str, str, Callable[[nn.Module], None] | None, Any]]:
-    """(cause, what to tell, an edit of the twin, a context to run it in)."""
-    near = {
-        name: m
-        for name, m in target.named_modules()
-        if name == module or name.startswith(f"{module}." if module else "")
-    }
-    for name, m in near.items():
-        for attribute in EPS_NAMES:
-            has = getattr(m, attribute, None)
-            if not isinstance(has, float):
-                continue
-            for eps in EPS:
-                if eps != has:
-                    said = f"{name}: {attribute} is {has:g}, the source has {eps:g}"
-                    yield "eps", said, _setter(name, attribute, eps), None
-    for name, m in near.items():
-        has = getattr(m, "approximate", None)
-        if isinstance(m, nn.GELU) and has in ("none", "tanh"):
-            other = "none" if has == "tanh" else "tanh"
-            said = f'{name}: its GELU is approximate="{has}", the source has "{other}"'
-            yield "gelu", said, _setter(name, "approximate", other), None
-    said = f"{module or 'its forward'}: its GELU is of the other kind (tanh in place of exact, or the reverse)"
-    yield "gelu", said, None, _other_gelu()
-
-
-def _setter(name: str, attribute: str, value: Any) -> Callable[[nn.Module], None]:
-    return lambda twin: setattr(twin.get_submodule(name), attribute, value)
-
-
-class _OtherGelu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.gelu:
-            kwargs["approximate"] = "none" if kwargs.get("approximate", "none") == "tanh" else "tanh"
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _other_gelu() -> Iterator[None]:
-    with _OtherGelu():
-        yield

@@ -64,6 +64,10 @@ class Divergence:
     residual: float
     why: str  # in a sentence; with the cause, where trying it removed the difference
     cause: str = ""  # "eps", "gelu" ..., where one was found
+    file: str = ""  # of the line of the target's program that computes it, where it is known
+    line: int = 0
+    fix: str = ""  # in the person's words: "Block.norm1 (mymodel.py:41): eps is 1e-05, the source has 1e-12"
+    further: tuple[str, ...] = ()  # modules that add an error of their own once this one is corrected
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -73,6 +77,10 @@ class Divergence:
             "residual": _finite(self.residual),
             "why": self.why,
             "cause": self.cause,
+            "file": self.file,
+            "line": self.line,
+            "fix": self.fix,
+            "further": list(self.further),
         }
 
     def __str__(self) -> str:

@@ -77,6 +77,7 @@ class Tape:
     params: dict[str, int] = field(default_factory=dict)
     consumers: list[list[int]] = field(default_factory=list)
     result: Any = None
+    lines: dict[int, tuple[str, int]] = field(default_factory=dict)  # by node, where asked for: file and line
 
     def outputs(self) -> list[int]:
         return [r.vid for r in tree_iter(self.result) if isinstance(r, Ref)]
@@ -185,9 +186,11 @@ class Recorder(TorchDispatchMode):
         tables: bool = False,
         made_up: bool = False,
         wanted: Callable[[Fingerprint], bool] | None = None,
+        lines: Callable[[], tuple[str, int]] | None = None,
     ) -> None:
         super().__init__()
         self.made_up = made_up
+        self.lines = lines
         self.tables = tables  # do constants that weights multiply count as inputs?
         self.tape = Tape()
         self.ids: Any = WeakIdKeyDictionary()
@@ -375,6 +378,8 @@ class Recorder(TorchDispatchMode):
         for v in set(refs):
             self.tape.consumers[v].append(index)
         self.tape.nodes.append(Node(op, rargs, rkwargs, tuple(outs), self.where(), tuple(dict.fromkeys(refs))))
+        if self.lines is not None:
+            self.tape.lines[index] = self.lines()
         if op is aten._local_scalar_dense.default:
             self.tape.nodes[-1].kwargs = {**rkwargs, "saw": out}
         if op is aten.mul.Tensor and len(refs) == 2:
@@ -543,6 +548,7 @@ def record(
     tables: bool = False,
     made_up: bool = False,
     wanted: Callable[[Fingerprint], bool] | None = None,
+    lines: Callable[[], tuple[str, int]] | None = None,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -553,9 +559,10 @@ def record(
     `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
     gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data. `made_up`:
     of products of data and weights, give any numbers; for who wants the operators and not their values. `wanted`:
-    hold only activations of which it says so.
+    hold only activations of which it says so. `lines`: what tells, when an operator is called, the file and line of
+    the program that calls it.
     """
-    rec = Recorder(keep, sizes, spare, tables, made_up, wanted)
+    rec = Recorder(keep, sizes, spare, tables, made_up, wanted, lines)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers

@@ -1,0 +1,578 @@
+"""Why two programs part at a place: each cause is a change of the target's run, and is claimed only where running the
+rest with that change removes the difference there.
+
+What to try is read off the reference's run at the same place (its constants, its operators, what its softmax hides)
+rather than guessed; a short list of activations is tried beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map
+
+from surgery import twin
+from surgery.mapper.record import MOVES, RANDOM, Node, Ref, fingerprint
+from surgery.pairing import Edit, Found, Place, Untold, op_name
+
+SMALL = 1e-2  # an added number below it keeps a quotient finite
+EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
+NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm")
+SOFTMAX = ("_softmax", "_safe_softmax", "_log_softmax")
+_SHAPES = (*MOVES, "expand", "cat", "constant_pad_nd", "full", "arange", "index", "sync", "_local_scalar_dense")
+_SAID = {
+    "eps": "eps", "p": "p", "alpha": "alpha", "dim": "axis", "correction": "correction", "approximate": "approximate"
+}  # fmt: skip
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELU (erf)": F.gelu,
+    "GELU (tanh)": _gelu_tanh,
+    "quick GELU": _quick,
+    "ReLU": F.relu,
+    "SiLU": F.silu,
+    "ReLU6": F.relu6,
+    "hard swish": F.hardswish,
+    "leaky ReLU": F.leaky_relu,
+    "ELU": F.elu,
+    "squared ReLU": lambda x: F.relu(x).square(),
+    "softplus": F.softplus,
+    "Mish": F.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard sigmoid": F.hardsigmoid,
+    "no activation": lambda x: x,
+}
+
+
+def causes(place: Place) -> Iterator[Found]:
+    """Changes of the target's program that remove the divergence, most specific first."""
+    from surgery import structure
+
+    for look in (
+        constants,
+        dropout,
+        activation,
+        mask,
+        positions,
+        padding,
+        statistics,
+        scale,
+        structure.added,
+        structure.residual,
+        structure.dropped,
+        heads,
+        swapped_operands,
+        structure.pooling,
+    ):
+        yield from look(place)
+
+
+# -- the same operator with other constants ---------------------------------------------------------------------------
+def constants(place: Place) -> Iterator[Found]:
+    """An eps, an axis, a correction, a stride: the reference calls the same operator with another one."""
+    run, other = place.pair.ours, place.pair.theirs
+    near = [*place.ours_after[:12], *run.before(run.tape.nodes[place.first].inputs, 12, data=False)]
+    theirs = [*place.theirs_after[:24]]
+    for first in place.theirs[:4]:
+        theirs += other.before(other.tape.nodes[first].inputs, 16, data=False)
+    for index in dict.fromkeys(near):
+        node = run.tape.nodes[index]
+        name = op_name(node)
+        if name in _SHAPES or not hasattr(node.op, "_schema"):
+            continue
+        seen: set[str] = set()
+        for t in dict.fromkeys(theirs):
+            yield from _with_constants_of(place, index, other.tape.nodes[t], seen)
+        for eps in EPS:
+            yield from _with_eps(place, index, eps)
+
+
+def _with_constants_of(place: Place, index: int, theirs: Node, seen: set[str]) -> Iterator[Found]:
+    node = place.pair.ours.tape.nodes[index]
+    if theirs.op is not node.op or len(theirs.args) != len(node.args):
+        return
+    mine, spec = tree_flatten((node.args, node.kwargs))
+    yours, spec2 = tree_flatten((theirs.args, theirs.kwargs))
+    if spec != spec2 or any(isinstance(a, Ref) != isinstance(b, Ref) for a, b in zip(mine, yours, strict=True)):
+        return
+    new = [a if isinstance(a, Ref) else b for a, b in zip(mine, yours, strict=True)]
+    key = repr([n for n in new if not isinstance(n, Ref)])
+    if key in seen or all(isinstance(a, Ref) or a == b for a, b in zip(mine, new, strict=True)):
+        return
+    seen.add(key)
+    args, kwargs = torch.utils._pytree.tree_unflatten(new, spec)
+    edit = Edit(ops={index: _recalled(node.op, args, kwargs)})
+    if place.ok(edit):
+        names = [a.name for a in node.op._schema.arguments]
+        changed = [(names[i], a, args[i]) for i, a in enumerate(node.args) if not _same(a, args[i])]
+        changed += [(k, v, kwargs[k]) for k, v in node.kwargs.items() if not _same(v, kwargs[k])]
+        yield _constant(place, index, edit, changed)
+
+
+def _recalled(op: Any, args: Any, kwargs: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    def run(given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        here = tree_map(lambda a, b: b if isinstance(a, Ref) else a, args, given, is_leaf=lambda x: isinstance(x, Ref))
+        more = {k: named[k] if isinstance(v, Ref) else v for k, v in kwargs.items()}
+        return op(*here, **more)
+
+    return run
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, Ref) or repr(a) == repr(b)
+
+
+def _constant(place: Place, index: int, edit: Edit, changed: list[tuple[str, Any, Any]]) -> Found:
+    node = place.pair.ours.tape.nodes[index]
+    name = op_name(node)
+    what, has, wants = changed[0]
+    if what == "eps" or (name == "add" and isinstance(has, float) and abs(has) < SMALL):
+        return Found("eps", f"eps is {has:g}, the source has {wants:g}", edit, index)
+    if name == "gelu":
+        return Found("gelu", f'its GELU is approximate="{has}", the source has "{wants}"', edit, index)
+    if name in ("mul", "div"):
+        return Found("scale", f"it scales by {_number(name, has)}, the source by {_number(name, wants)}", edit, index)
+    if what == "correction" or name.startswith(("var", "std")):
+        return Found("variance", f"its variance has correction={has}, the source's {wants}", edit, index)
+    if name in SOFTMAX and what == "dim":
+        return Found("softmax axis", f"its softmax is over axis {has}, the source's over {wants}", edit, index)
+    if name.startswith(("convolution", "avg_pool", "max_pool", "reflection_pad", "replication_pad")):
+        return Found(what, f"{what} is {_short(has)}, the source has {_short(wants)}", edit, index)
+    if name == "native_batch_norm":
+        return Found("statistics", _STATISTICS, edit, index)
+    said = ", ".join(f"{k} is {_short(a)}, the source has {_short(b)}" for k, a, b in changed[:2])
+    return Found("constant", f"in {name}, {said}", edit, index)
+
+
+def _number(op: str, x: Any) -> str:
+    return f"1/{x:g}" if op == "div" and isinstance(x, (int, float)) else _short(x)
+
+
+def _short(x: Any) -> str:
+    if isinstance(x, (list, tuple)) and len(set(x)) == 1:
+        return str(x[0])
+    return f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def _with_eps(place: Place, index: int, eps: float) -> Iterator[Found]:
+    node = place.pair.ours.tape.nodes[index]
+    name = op_name(node)
+    at = -1
+    if name == "add" and len(node.args) == 2 and isinstance(node.args[1], float) and 0 <= node.args[1] < SMALL:
+        at = 1
+    elif name in NORMS:
+        at = [a.name for a in node.op._schema.arguments].index("eps")
+    if at < 0 or node.args[at] == eps:
+        return
+    args = tuple(eps if i == at else a for i, a in enumerate(node.args))
+    edit = Edit(ops={index: _recalled(node.op, args, node.kwargs)})
+    if place.ok(edit):
+        yield Found("eps", f"eps is {node.args[at]:g}, the source has {eps:g}", edit, index)
+
+
+# -- one value in place of another ------------------------------------------------------------------------------------
+def activation(place: Place) -> Iterator[Found]:
+    run = place.pair.ours
+    inputs = [v for i in place.ours_after[:3] for v in run.data_inputs(i) if run.both[v] is not False]
+    for vid in dict.fromkeys(inputs):
+        if not run.tape.values[vid].dtype.is_floating_point:
+            continue
+        try:
+            x = run.held(vid)
+        except Untold:
+            continue
+        results = [(i, o, y) for i, o, y in place.results(place.ours_after[:12]) if y.shape == x.shape]
+        if run.both[vid] and results == []:
+            continue
+        for name, f in ACTIVATIONS.items():
+            fx = f(x)
+            if name != "no activation" and not place.pair.occurs(fx):
+                continue
+            for index, out, y in results:
+                has = next((n for n, g in ACTIVATIONS.items() if n != name and _close(g(x), y)), "")
+                if not has:
+                    continue
+                edit = Edit(leaves={out: fx})
+                if place.ok(edit):
+                    kind = "gelu" if "GELU" in has and "GELU" in name else "activation"
+                    yield Found(kind, f"its activation is {has}, the source has {name}", edit, index)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    top = float(b.abs().max()) if b.numel() else 0.0
+    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-12 * max(top, 1e-300)
+
+
+def dropout(place: Place) -> Iterator[Found]:
+    run = place.pair.ours
+    for index, out, y in place.results(place.ours_after[:6]):
+        node = run.tape.nodes[index]
+        drawn = [
+            v
+            for v in node.inputs
+            for n in run.before([v], 4, data=False)
+            if op_name(run.tape.nodes[n]).lstrip("_").startswith(RANDOM)
+        ]
+        data = [v for v in run.data_inputs(index) if run.tape.values[v].shape == y.shape]
+        if (drawn or "dropout" in op_name(node)) and len(data) == 1:
+            edit = Edit(leaves={out: run.held(data[0])})
+            if place.ok(edit):
+                yield Found("dropout", "dropout is left on: it draws at random also in eval mode", edit, index)
+
+
+def scale(place: Place) -> Iterator[Found]:
+    """A value that is a multiple of one of the reference's."""
+    other = place.pair.theirs
+    wanted = []
+    for t in place.theirs_after[:40]:
+        wanted += [o for o in other.tape.nodes[t].outs if o >= 0 and other.both[o] is False]
+    for index, out, y in place.results(place.ours_after[:8]):
+        mine = fingerprint(y)
+        if mine is None:
+            continue
+        for w in wanted:
+            value = other.tape.values[w]
+            f = value.fingerprint
+            if f is None or math.prod(value.shape) != y.numel():
+                continue
+            c = f[0] / mine[0]
+            if abs(c - 1) < 1e-9 or not 1e-6 < c < 1e6 or abs(f[1] - c * c * mine[1]) > 1e-9 * f[1]:
+                continue
+            edit = Edit(leaves={out: y * c})
+            if place.ok(edit):
+                name = op_name(place.pair.ours.tape.nodes[index])
+                softly = any(op_name(place.pair.ours.tape.nodes[n]) in SOFTMAX for n in place.ours_after[:12])
+                what = "its attention scores are" if softly else f"the result of its {name} is"
+                yield Found("scale", f"{what} {_times(c)} the source's", edit, index)
+
+
+def _times(c: float) -> str:
+    inverse = 1 / c
+    root = inverse * inverse
+    known = f" (sqrt({root:.0f}))" if abs(root - round(root)) < 1e-6 and 1 < root < 4096 else ""
+    return f"{inverse:.6g}{known} times" if inverse >= 1 else f"1/{c:.6g} times"
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+def mask(place: Place) -> Iterator[Found]:
+    """The reference's softmax hides other places."""
+    run, other = place.pair.ours, place.pair.theirs
+    theirs = [t for t in place.theirs_after[:60] if op_name(other.tape.nodes[t]) in SOFTMAX]
+    for index in [i for i in place.ours_after[:30] if op_name(run.tape.nodes[i]) in SOFTMAX][:2]:
+        node = run.tape.nodes[index]
+        into = node.inputs[0]
+        base = _unmasked(place, into)
+        try:
+            scores, ours = run.held(base), run.held(node.outs[0])
+        except Untold:
+            continue
+        for t in theirs:
+            p = other.tape.values[other.tape.nodes[t].outs[0]].tensor
+            if p is None or p.numel() != scores.numel() or p.shape[-1] != scores.shape[-1]:
+                continue
+            hidden = (twin.lift(p) == 0).reshape(scores.shape)
+            edit = Edit(leaves={into: scores.masked_fill(hidden, -torch.inf)})
+            if place.ok(edit):
+                yield Found("mask", _about_mask(ours.reshape(scores.shape) == 0, hidden), edit, index)
+        bare = Edit(leaves={into: scores})
+        if base != into and place.ok(bare):
+            yield Found("mask", "it masks attention where the source masks nothing", bare, index)
+
+
+def _unmasked(place: Place, vid: int) -> int:
+    """Attention scores before what depends on no weight was added or filled in."""
+    run = place.pair.ours
+    for _ in range(12):
+        value = run.tape.values[vid]
+        node = run.tape.nodes[value.node] if value.node >= 0 else None
+        if node is None or op_name(node) not in ("add", "sub", "masked_fill", "where", "maximum", *MOVES, "mul"):
+            break
+        weighed = [v for v in node.inputs if run.tape.values[v].weights and run.tape.values[v].data]
+        free = [v for v in node.inputs if not run.tape.values[v].weights]
+        if len(weighed) != 1 or run.tape.values[weighed[0]].shape != value.shape:
+            break
+        if not free and op_name(node) in ("add", "sub", "where", "mul"):
+            break
+        vid = weighed[0]
+    return vid
+
+
+def _about_mask(ours: Tensor, theirs: Tensor) -> str:
+    t, s = ours.shape[-1], ours.shape[-2]
+    causal = torch.ones(s, t, dtype=torch.bool, device=ours.device).triu(1)
+    if not bool(ours.any()):
+        what = "the source is causal" if s == t and bool((theirs & causal == causal).all()) else "the source hides some"
+        return f"its attention hides nothing, {what}: the mask is missing"
+    if bool((ours != theirs).all()) or bool((ours == ~theirs)[..., 0, :].all()):
+        return "its mask is inverted: it hides what the source shows"
+    if s == t and bool((ours & causal == causal).all()) and not bool((theirs & causal == causal).all()):
+        return "its attention is causal, the source's is not"
+    if s == t and bool((theirs & causal == causal).all()):
+        return "its attention is not causal, the source's is"
+    return "its mask hides other places than the source's"
+
+
+def swapped_operands(place: Place) -> Iterator[Found]:
+    """The scores are the source's, transposed: query and key stand in each other's place."""
+    run = place.pair.ours
+    upstream = run.before(run.tape.nodes[place.first].inputs, 16, data=True)
+    for index in [place.first, *upstream]:
+        node = run.tape.nodes[index]
+        if op_name(node) not in ("bmm", "mm") or len(run.data_inputs(index)) != 2:
+            continue
+        shape = run.tape.values[node.outs[0]].shape
+        if len(shape) < 2 or shape[-1] != shape[-2]:
+            continue
+        edit = Edit(ops={index: lambda args, kwargs: (args[0] @ args[1]).transpose(-1, -2).contiguous()})
+        if place.ok(edit):
+            module = _maker(place, index)
+            yield Found("swapped query and key", "query and key are swapped", edit, index, module)
+
+
+def _maker(place: Place, index: int) -> str | None:
+    """The module whose weights made what goes into a node."""
+    run = place.pair.ours
+    for n in run.before(run.data_inputs(index), 16, data=True):
+        if any(run.tape.values[v].weights and not run.tape.values[v].data for v in run.tape.nodes[n].inputs):
+            return run.tape.nodes[n].module
+    return None
+
+
+def heads(place: Place) -> Iterator[Found]:
+    """An axis is cut into the same numbers in another order: heads first, or each head's width first."""
+    run = place.pair.ours
+    upstream = run.before(run.tape.nodes[place.first].inputs, 40, data=True)
+    views: dict[int, list[list[int]]] = {}
+    for index in upstream:
+        node = run.tape.nodes[index]
+        if op_name(node) not in ("view", "_unsafe_view", "reshape"):
+            continue
+        before = list(run.tape.values[node.inputs[0]].shape)
+        after = list(run.tape.values[node.outs[0]].shape)
+        for k in (2, 3):
+            if before and len(after) >= k + 1 and math.prod(after[-k:]) == before[-1] and 1 not in after[-k:]:
+                views[index] = [list(p) for p in _orders(k)]
+                break
+    groups: list[list[int]] = [list(views), *([v] for v in views)]
+    for group in groups:
+        k = min((len(views[v][0]) for v in group), default=0)
+        for order in _orders(k):
+            edit = Edit(ops={v: _reordered(order) for v in group if len(views[v][0]) == k})
+            if place.ok(edit):
+                at = min(group)
+                yield Found("head order", "its heads are cut in another order than the source's", edit, at)
+                return
+
+
+def _orders(k: int) -> list[tuple[int, ...]]:
+    import itertools
+
+    return [p for p in itertools.permutations(range(k)) if p != tuple(range(k))]
+
+
+def _reordered(order: tuple[int, ...]) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    def run(args: tuple[Any, ...], _: dict[str, Any]) -> Tensor:
+        x, size = args[0], list(args[1])
+        k = len(order)
+        size = list(x.reshape(size).shape)
+        cut = size[-k:]
+        y = x.reshape(*size[:-k], *(cut[i] for i in order))
+        n = len(size) - k
+        back = [order.index(i) for i in range(k)]
+        return y.permute(*range(n), *(n + b for b in back)).contiguous()
+
+    return run
+
+
+# -- positions, padding, statistics -----------------------------------------------------------------------------------
+def positions(place: Place) -> Iterator[Found]:
+    """Rows of a table that begin at another place."""
+    run = place.pair.ours
+    for v in run.tape.nodes[place.first].inputs:
+        value = run.tape.values[v]
+        near = run.before([v], 6) if not value.data else []
+        if value.data:  # looked up by numbers that the inputs make
+            near = [n for n in run.before([v], 8) if op_name(run.tape.nodes[n]) in ("index", "index_select", "gather")]
+        for index in near:
+            node = run.tape.nodes[index]
+            table = next((i for i in node.inputs if run.tape.values[i].weights and not run.tape.values[i].data), None)
+            if table is None or not node.outs or node.outs[0] < 0:
+                continue
+            yield from _shifted_rows(place, index, table)
+    node = place.node
+    if op_name(node) in ("index", "index_select"):
+        for i in node.inputs:
+            if run.tape.values[i].weights and not run.tape.values[i].data:
+                yield from _shifted_rows(place, place.first, i)
+
+
+def _shifted_rows(place: Place, index: int, table: int) -> Iterator[Found]:
+    run = place.pair.ours
+    try:
+        w = run.held(table)
+    except Untold:
+        return
+    owner = run.tape.values[_root(place, table)].name.rpartition(".")[0] or None
+    axes = [a for a in range(w.ndim) if w.shape[a] > 1][:2]
+    for axis in axes:
+        for by in (1, 2, -1, -2, 3, -3, 4, -4):
+            if abs(by) < w.shape[axis]:
+                edit = Edit(leaves={table: torch.roll(w, -by, axis)})
+                if place.ok(edit):
+                    said = f"its positions begin {abs(by)} {'too early' if by > 0 else 'too late'} in the table"
+                    yield Found("position offset", said, edit, index, None if owner is None else owner)
+                    return
+        clamped = torch.cat([w.narrow(axis, 1, w.shape[axis] - 1), w.narrow(axis, w.shape[axis] - 1, 1)], axis)
+        edit = Edit(leaves={table: clamped})
+        if place.ok(edit):
+            yield Found("position offset", "its positions begin 1 too early in the table", edit, index, owner)
+            return
+
+
+def _root(place: Place, vid: int) -> int:
+    run = place.pair.ours
+    for _ in range(16):
+        value = run.tape.values[vid]
+        if value.node < 0 or not run.tape.nodes[value.node].inputs:
+            break
+        vid = run.tape.nodes[value.node].inputs[0]
+    return vid
+
+
+def padding(place: Place) -> Iterator[Found]:
+    """What stands beyond the border of a convolution."""
+    run = place.pair.ours
+    for index in place.ours_after[:14]:
+        node = run.tape.nodes[index]
+        if op_name(node) != "convolution":
+            continue
+        stride, pad, dilation, transposed = node.args[3], node.args[4], node.args[5], node.args[6]
+        if transposed:
+            continue
+        kernel = run.tape.values[node.args[1].vid].shape[2:]
+        wide = len(kernel)
+        x_vid = node.args[0].vid
+        has, base, around = "zeros", x_vid, [int(p) for p in pad]
+        if not any(around):  # padded before: find what it was
+            base, around = _unpadded(place, x_vid, wide)
+            has = "another border"
+        if not any(around):
+            continue
+        try:
+            x = run.held(base)
+            now = run.held(x_vid)
+        except Untold:
+            continue
+        sizes = [n for a in reversed(around) for n in (a, a)]
+        for mode in ("constant", "reflect", "replicate", "circular"):
+            for sides in _sides(sizes) if wide == 1 else [sizes]:
+                try:
+                    padded = F.pad(x, sides, mode=mode)
+                except (RuntimeError, ValueError, NotImplementedError):
+                    continue
+                if padded.shape == now.shape and torch.equal(padded, now):
+                    has = "zeros" if mode == "constant" else mode
+                    continue
+
+                def conv(args: Any, kwargs: Any, padded: Tensor = padded) -> Any:
+                    return torch.convolution(
+                        padded, args[1], None, stride, [0] * wide, dilation, False, args[7], args[8]
+                    )
+
+                edit = Edit(ops={index: conv})
+                if place.ok(edit):
+                    wants = "zeros" if mode == "constant" else mode
+                    if wants == has:
+                        said = f"it pads by {sizes[0]} and {sizes[1]}, the source by {sides[0]} and {sides[1]}"
+                    else:
+                        said = f"its convolution pads with {has}, the source with {wants}"
+                    yield Found("padding mode", said, edit, index)
+
+
+def _sides(sizes: list[int]) -> list[list[int]]:
+    total = sum(sizes)
+    return [sizes, *([a, total - a] for a in range(total + 1) if [a, total - a] != sizes)]
+
+
+def _unpadded(place: Place, vid: int, wide: int) -> tuple[int, list[int]]:
+    run = place.pair.ours
+    shape = run.tape.values[vid].shape
+    for n in run.before([vid], 24):
+        for v in run.tape.nodes[n].inputs:
+            s = run.tape.values[v].shape
+            if run.tape.values[v].data and len(s) == len(shape) and s[: len(s) - wide] == shape[: len(s) - wide]:
+                extra = [(a - b) for a, b in zip(shape[-wide:], s[-wide:], strict=True)]
+                if all(e >= 0 and e % 2 == 0 for e in extra) and any(extra) and run.both[v] is not False:
+                    return v, [e // 2 for e in extra]
+    return vid, [0] * wide
+
+
+_STATISTICS = "it normalises by the batch's own statistics, the source by the running ones"
+
+
+def statistics(place: Place) -> Iterator[Found]:
+    """Another kind of normalisation: of the batch, of the layer, by the root mean square."""
+    run = place.pair.ours
+    for index in place.ours_after[:10]:
+        node = run.tape.nodes[index]
+        if op_name(node) not in NORMS and not (op_name(node) in ("mul", "div") and index == place.first):
+            continue
+        shape = run.tape.values[node.outs[0]].shape
+        for v in run.data_inputs(index)[:1]:
+            if run.tape.values[v].shape != shape:
+                continue
+            x = run.held(v)
+            yield from _batch_statistics(place, index, x)
+            for name, f in _normalised(x):
+                if place.pair.occurs(f):
+                    edit = Edit(leaves={node.outs[0]: f})
+                    if place.ok(edit):
+                        yield Found("normalisation", f"it normalises otherwise, the source by {name}", edit, index)
+
+
+def _normalised(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for eps in EPS:
+        yield f"layer norm (eps {eps:g})", F.layer_norm(x, x.shape[-1:], eps=eps)
+        yield f"root mean square (eps {eps:g})", x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _batch_statistics(place: Place, index: int, x: Tensor) -> Iterator[Found]:
+    """A batch norm that took the batch's statistics: with the running ones, scale and shift included."""
+    run = place.pair.ours
+    node = run.tape.nodes[index]
+    if op_name(node) != "native_batch_norm":
+        return
+    mean, var, eps = node.args[3], node.args[4], node.args[7]
+    named = {
+        v.name.rpartition(".")[2]: i
+        for i, v in enumerate(run.tape.values)
+        if v.name and v.name.rpartition(".")[0] == node.module
+    }
+    mean_vid = mean.vid if isinstance(mean, Ref) else named.get("running_mean")
+    var_vid = var.vid if isinstance(var, Ref) else named.get("running_var")
+    if mean_vid is None or var_vid is None:
+        return
+    view = [1, -1] + [1] * (x.ndim - 2)
+    m, s = (_first_held(place, v).reshape(view) for v in (mean_vid, var_vid))
+    edit = Edit(leaves={node.outs[0]: (x - m) / torch.sqrt(s + eps)})
+    if place.ok(edit):
+        yield Found("statistics", _STATISTICS, edit, index)
+
+
+def _first_held(place: Place, vid: int) -> Tensor:
+    """A buffer as it was before the run wrote into it."""
+    return place.pair.ours.held(vid)

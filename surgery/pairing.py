@@ -1,0 +1,394 @@
+"""Two recorded runs side by side: which activations occur in both, where they part, and what a change would do.
+
+Activations are paired by value, up to layout, so that models which cut, fuse or order their tensors in other ways
+compare. One that occurs on one side only is no divergence where something after it occurs on both: a fused projection
+occurs nowhere in a model that has three. What is left are the values from which an output is reached through nothing
+that both have; the first of them is where the two part. A change is tried by running the rest of the tape again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from surgery import surface, twin
+from surgery.mapper.record import MOVES, RANDOM, FingerprintIndex, Node, Ref, Tape, fingerprint
+
+MATCH = 1e-9
+WINDOW = 400  # operators that a trial runs again, at most
+_SPLITS = ("view", "_unsafe_view", "split", "split_with_sizes", "slice", "select", "unbind")
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def caller() -> tuple[str, int]:
+    """Where in the person's program an operator is called: the innermost line that is neither torch's nor ours."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH, "<")):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def op_name(node: Node) -> str:
+    """aten.view.default -> view."""
+    schema = getattr(node.op, "_schema", None)
+    return str(schema.name).split("::")[1] if schema is not None else str(node.op)
+
+
+class Untold(Exception):
+    """A value that a trial needs was not kept."""
+
+
+@dataclass
+class Edit:
+    """A change of a recorded run: other values in place of some, other operators in place of some, by number."""
+
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    ops: dict[int, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.leaves or self.ops)
+
+    def with_(self, other: Edit) -> Edit:
+        return Edit({**self.leaves, **other.leaves}, {**self.ops, **other.ops})
+
+
+@dataclass
+class Run:
+    """One side: its tape, and by value whether the other side has it too (None: it says nothing)."""
+
+    tape: Tape
+    outputs: list[int]
+    both: list[bool | None] = field(default_factory=list)
+    barred: set[int] = field(default_factory=set)  # values that depend on new tensors
+    twins: dict[int, list[int]] = field(default_factory=dict)  # the other side's values that equal this one
+
+    @cached_property
+    def index(self) -> FingerprintIndex:
+        values = enumerate(self.tape.values)
+        return FingerprintIndex((vid, v.fingerprint) for vid, v in values if v.data and vid not in self.barred)
+
+    def data_inputs(self, index: int) -> list[int]:
+        return [v for v in self.tape.nodes[index].inputs if self.tape.values[v].data]
+
+    def held(self, vid: int, depth: int = 0) -> Tensor:
+        """What a value was; made again where it was not kept. Raises Untold."""
+        value = self.tape.values[vid]
+        if value.tensor is not None:
+            return twin.lift(value.tensor)
+        if value.node < 0 or depth > 64:
+            raise Untold(vid)
+        node = self.tape.nodes[value.node]
+        out = call(node, lambda v: self.held(v, depth + 1))
+        return out[value.out]
+
+    def before(self, vids: Iterable[int], limit: int, *, data: bool | None = None) -> list[int]:
+        """The nodes that these values are made by, nearest first. `data`: only those that do (not) depend on inputs."""
+        todo, seen, found = sorted(vids, reverse=True), set(vids), []
+        while todo and len(found) < limit:
+            vid = todo.pop(0)
+            value = self.tape.values[vid]
+            if value.node < 0 or (data is not None and value.data is not data):
+                continue
+            if value.node not in found:
+                found.append(value.node)
+            for v in self.tape.nodes[value.node].inputs:
+                if v not in seen:
+                    seen.add(v)
+                    todo.append(v)
+            todo.sort(reverse=True)
+        return found
+
+    def after(self, vids: Iterable[int], limit: int) -> list[int]:
+        """The nodes that consume these values, and what consumes theirs, first ones first."""
+        todo, found = set(vids), set()
+        nodes: set[int] = {c for v in todo for c in self.tape.consumers[v]}
+        while nodes and len(found) < limit:
+            first = min(nodes)
+            nodes.discard(first)
+            found.add(first)
+            nodes |= {c for o in self.tape.nodes[first].outs if o >= 0 for c in self.tape.consumers[o]} - found
+        return sorted(found)
+
+
+def call(node: Node, value: Callable[[int], Tensor]) -> list[Tensor]:
+    """Run a recorded operator on other values."""
+
+    def put(x: Any) -> Any:
+        return value(x.vid) if isinstance(x, Ref) else x
+
+    out = node.op(*tree_map(put, node.args), **tree_map(put, node.kwargs))
+    return [twin.lift(t) for t in (out if isinstance(out, (tuple, list)) else (out,))]
+
+
+def cuts(t: Tensor) -> Iterator[list[Tensor]]:
+    """Ways in which a fused output (query, key and value; gate and up) lies in its last axis or its channels, blocked
+    or by head."""
+    for axis in dict.fromkeys((t.ndim - 1, 1)) if t.ndim > 1 else ():
+        n = t.shape[axis]
+        for parts in (2, 3):
+            for groups in (g for g in range(1, 65) if n and n % (g * parts) == 0):
+                cut = t.movedim(axis, -1).reshape(*t.movedim(axis, -1).shape[:-1], groups, parts, n // (groups * parts))
+                yield [cut[..., i, :] for i in range(parts)]
+
+
+class Pair:
+    """The target's run and the reference's."""
+
+    def __init__(self, ours: Run, theirs: Run) -> None:
+        self.ours, self.theirs = ours, theirs
+        self._judge(ours, theirs)
+        self._judge(theirs, ours)
+
+    def _judge(self, run: Run, other: Run) -> None:
+        for vid, value in enumerate(run.tape.values):
+            found: bool | None = None
+            if value.data and value.fingerprint is not None:
+                run.twins[vid] = self.equal(value.fingerprint, math.prod(value.shape), other)
+                found = bool(run.twins[vid])
+                if not found and value.weights and value.tensor is not None and self._fused(run, vid):
+                    found = self.in_pieces(value.tensor, other)
+            run.both.append(found)
+
+    def equal(self, f: Any, numel: int, other: Run) -> list[int]:
+        return [v for v in other.index.find(f, MATCH) if math.prod(other.tape.values[v].shape) == numel]
+
+    @staticmethod
+    def _fused(run: Run, vid: int) -> bool:
+        """May a value be several in one? It is cut later."""
+        reached = [vid]
+        for _ in range(3):
+            consumers = [c for v in reached for c in run.tape.consumers[v]]
+            names = [op_name(run.tape.nodes[c]) for c in consumers]
+            if any(n in _SPLITS for n in names):
+                return True
+            reached = [
+                o for c, n in zip(consumers, names, strict=True) if n in ("add", *MOVES) for o in run.tape.nodes[c].outs
+            ]
+        return False
+
+    def in_pieces(self, t: Tensor, other: Run) -> bool:
+        t = twin.lift(t)
+        return any(all(other.index.find(fingerprint(piece), MATCH) for piece in pieces) for pieces in cuts(t))
+
+    def occurs(self, t: Tensor) -> bool | None:
+        """Whether a tensor occurs in the reference's run; None where it says nothing."""
+        f = fingerprint(t)
+        return None if f is None else bool(self.equal(f, t.numel(), self.theirs))
+
+    # -- where they part ----------------------------------------------------------------------------------------------
+    def frontier(self, run: Run, both: Mapping[int, bool | None] | None = None) -> list[int]:
+        """The nodes of a run whose inputs the other side has, and whose result it has not, nor anything between it and
+        an output. `both`: other findings for some values, in a trial."""
+        known = both or {}
+
+        def state(vid: int) -> bool | None:
+            return known[vid] if vid in known else run.both[vid]
+
+        tape = run.tape
+        lost = {v for v in run.outputs if tape.values[v].data and state(v) is not True}
+        for index in range(len(tape.nodes) - 1, -1, -1):
+            node = tape.nodes[index]
+            if lost.intersection(node.outs):
+                lost.update(v for v in run.data_inputs(index) if state(v) is not True)
+        clean: set[int] = set()
+        found = []
+        for index, node in enumerate(tape.nodes):
+            inputs = run.data_inputs(index)
+            fine = all(v in clean or state(v) is True or tape.values[v].origin == "input" for v in inputs)
+            for o in node.outs:
+                if o < 0 or not tape.values[o].data:
+                    continue
+                if state(o) is True or (fine and state(o) is None):
+                    clean.add(o)
+                elif fine and o in lost and state(o) is False and index not in found:
+                    found.append(index)
+        return found
+
+    def sinks(self, run: Run) -> list[int]:
+        """Values that the reference has not and from which nothing but such values comes: for a target whose output is
+        not compared."""
+        found = []
+        for vid in range(len(run.tape.values)):
+            if run.both[vid] is False and vid not in run.barred:
+                after = [o for c in run.tape.consumers[vid] for o in run.tape.nodes[c].outs if o >= 0]
+                if all(o in run.barred or run.both[o] is None for o in after):
+                    found.append(vid)
+        return found
+
+    def origin(self, vid: int) -> int:
+        """The value that this one is, before it was laid out in another way."""
+        return self.source(self.ours, vid)
+
+    @staticmethod
+    def source(run: Run, vid: int) -> int:
+        for _ in range(16):
+            value = run.tape.values[vid]
+            if value.node < 0 or op_name(run.tape.nodes[value.node]) not in MOVES:
+                break
+            inputs = run.data_inputs(value.node)
+            if len(inputs) != 1:
+                break
+            vid = inputs[0]
+        return vid
+
+    def sharing(self, ours: int, theirs: int) -> int:
+        """How many inputs a node of ours shares with one of theirs."""
+        count = 0
+        for v in self.ours.data_inputs(ours):
+            mine = set(self.ours.twins.get(v, [])) | set(self.ours.twins.get(self.origin(v), []))
+            for w in self.theirs.data_inputs(theirs):
+                if w in mine or self.source(self.theirs, w) in mine:
+                    count += 1
+                    break
+        return count
+
+    # -- trying -------------------------------------------------------------------------------------------------------
+    def rerun(self, edit: Edit) -> tuple[dict[int, Tensor], set[int]]:
+        """(the values that a change makes other, the nodes that ran again), within the window."""
+        run = self.ours
+        known: dict[int, Tensor] = dict(edit.leaves)
+        nodes = {c for v in edit.leaves for c in run.tape.consumers[v]} | set(edit.ops)
+        done: set[int] = set()
+        while nodes and len(done) < WINDOW:
+            index = min(nodes)
+            nodes.discard(index)
+            done.add(index)
+            node = run.tape.nodes[index]
+            if op_name(node) == "sync" or op_name(node).lstrip("_").startswith(RANDOM):
+                continue
+
+            def value(vid: int) -> Tensor:
+                return known[vid] if vid in known else run.held(vid)
+
+            if index in edit.ops:
+                args, kwargs = (
+                    tree_map(lambda x: value(x.vid) if isinstance(x, Ref) else x, a) for a in (node.args, node.kwargs)
+                )
+                made = edit.ops[index](args, kwargs)
+                out = [twin.lift(t) for t in (made if isinstance(made, (tuple, list)) else (made,))]
+            else:
+                out = call(node, value)
+            for vid, t in zip(node.outs, out, strict=True):
+                if vid >= 0 and vid not in edit.leaves:
+                    known[vid] = t
+                    nodes |= set(run.tape.consumers[vid]) - done
+        return known, done
+
+    def mended(self, edit: Edit, first: int) -> bool:
+        """Whether a change removes the divergence at node `first`: what is made of the changed values occurs in the
+        reference, and where the two still part is further on."""
+        if not edit:
+            return False
+        try:
+            with twin.math_only():
+                known, _ = self.rerun(edit)
+                both = self.findings(known)
+        except (Untold, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError):
+            return False  # the changed program does not run: that is not the change
+        run = self.ours
+        # Something that the reference has and that was nowhere: a value that is merely passed on would not show that.
+        if not any(
+            both[v] is True and (v not in edit.leaves or v in run.outputs) and self._regained(known[v]) for v in known
+        ):
+            return False
+        left = self.frontier(run, both)
+        if not left:
+            return True
+        if left[0] <= first:
+            return False
+        # What consumes a value that was put in place must agree too, else putting in the reference's own would do.
+        direct = {c for v in edit.leaves if run.tape.values[v].data for c in self._consumers(v)} | set(edit.ops)
+        return not direct.intersection(left)
+
+    def _regained(self, t: Tensor) -> bool:
+        f = fingerprint(t)
+        found = self.equal(f, t.numel(), self.theirs) if f is not None else []
+        return any(self.theirs.both[w] is not True for w in found)
+
+    def _consumers(self, vid: int) -> Iterator[int]:
+        for c in self.ours.tape.consumers[vid]:
+            yield c
+            if op_name(self.ours.tape.nodes[c]) in MOVES:
+                for o in self.ours.tape.nodes[c].outs:
+                    if o >= 0:
+                        yield from self._consumers(o)
+
+    def findings(self, known: Mapping[int, Tensor]) -> dict[int, bool | None]:
+        """By changed value, whether the reference has it."""
+        found: dict[int, bool | None] = {}
+        for vid, t in known.items():
+            if not self.ours.tape.values[vid].data:
+                found[vid] = None
+                continue
+            found[vid] = self.occurs(t)
+            if found[vid] is False and self.ours.tape.values[vid].weights and self._fused(self.ours, vid):
+                found[vid] = self.in_pieces(t, self.theirs)
+        return found
+
+    def nearest(self, vid: int, among: Iterable[int]) -> tuple[float, int]:
+        """(residual, node) of the closest of the reference's values of the same size, up to layout."""
+        best, where = surface.INF, -1
+        try:
+            t = self.ours.held(vid)
+        except Untold:
+            return best, where
+        for index in among:
+            for o in self.theirs.tape.nodes[index].outs:
+                value = self.theirs.tape.values[o] if o >= 0 else None
+                if value is None or value.tensor is None or math.prod(value.shape) != t.numel() or not value.data:
+                    continue
+                if value.tensor.is_floating_point():
+                    r = surface.residual(value.tensor, t, anywhere=t.numel() < 1 << 16)
+                    if r < best:
+                        best, where = r, index
+        return best, where
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cause: its name, what to tell, the change, and where: a node, and the module where it is another one's."""
+
+    cause: str
+    said: str
+    edit: Edit
+    node: int
+    module: str | None = None
+
+
+@dataclass
+class Place:
+    """Where the two part: the first node of ours, the reference's that take the same, and what follows each."""
+
+    pair: Pair
+    first: int
+    theirs: list[int]  # the reference's first nodes that we have not
+    ours_after: list[int]
+    theirs_after: list[int]
+
+    @property
+    def node(self) -> Node:
+        return self.pair.ours.tape.nodes[self.first]
+
+    def ok(self, edit: Edit) -> bool:
+        return self.pair.mended(edit, self.first)
+
+    def results(self, nodes: list[int]) -> Iterator[tuple[int, int, Tensor]]:
+        """(node, value, tensor) of the float results of our nodes that the reference has not."""
+        run = self.pair.ours
+        for index in nodes:
+            for o in run.tape.nodes[index].outs:
+                if o >= 0 and run.tape.values[o].data and run.both[o] is False:
+                    try:
+                        yield index, o, run.held(o)
+                    except Untold:
+                        continue

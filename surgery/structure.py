@@ -1,0 +1,224 @@
+"""Operators that one side has and the other has not, where two programs part: a bias, a residual, a norm, a pooling.
+
+As in surgery.causes, each is tried on the target's run, with the target's own values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from surgery.causes import NORMS
+from surgery.mapper.record import Node, Ref
+from surgery.pairing import Edit, Found, Place, Untold, call, op_name
+
+ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
+
+
+def added(place: Place) -> Iterator[Found]:
+    """The reference does something to the value first: adds a bias or what came in, scales, normalises."""
+    run, other = place.pair.ours, place.pair.theirs
+    back = {w: v for v, ws in run.twins.items() for w in ws}
+    for start in place.theirs[:4]:
+        made: dict[int, Tensor] = {}
+        chain: list[Node] = []
+        for t in [start, *(n for n in place.theirs_after if n > start)][:10]:
+            node = other.tape.nodes[t]
+            try:
+                out = call(node, lambda v, made=made: made[v] if v in made else _as_ours(place, v, back))
+            except (Untold, RuntimeError, ValueError, IndexError, TypeError):
+                continue
+            for o, y in zip(node.outs, out, strict=True):
+                if o >= 0:
+                    made[o] = y
+            if not any(other.tape.values[o].data for o in node.outs if o >= 0):
+                continue
+            chain.append(node)
+            if len(chain) > 4:
+                break
+            if node.outs[0] >= 0:
+                yield from _inserted(place, made[node.outs[0]], node, chain)
+
+
+def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
+    value = place.pair.theirs.tape.values[vid]
+    if value.data and vid in back:
+        return place.pair.ours.held(back[vid])
+    return place.pair.theirs.held(vid)
+
+
+def _inserted(place: Place, z: Tensor, node: Node, chain: list[Node]) -> Iterator[Found]:
+    """z in place of what our node takes, wherever the reference's operator took it."""
+    run = place.pair.ours
+    taken = [v for v in run.data_inputs(place.first) if run.tape.values[v].shape == tuple(z.shape)]
+    for vid in taken:
+        users = [c for c in run.tape.consumers[vid] if c >= place.first and c in place.ours_after]
+        for several in dict.fromkeys(((place.first,), tuple(users))):
+            edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in several})
+            if place.ok(edit):
+                cause, said = _missing(place, chain)
+                module = None
+                if cause == "missing bias":
+                    made_by = run.tape.values[place.pair.origin(vid)].node
+                    module = run.tape.nodes[made_by].module if made_by >= 0 else None
+                yield Found(cause, said, edit, place.first, module)
+
+
+def _other_input(node: Node, vid: int, z: Tensor) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def put(ref: Any, now: Any) -> Any:
+            return z if isinstance(ref, Ref) and ref.vid == vid else now
+
+        here = tree_map(put, node.args, args, is_leaf=lambda x: isinstance(x, Ref))
+        return node.op(*here, **kwargs)
+
+    return run
+
+
+def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
+    other = place.pair.theirs
+    names = [op_name(n) for n in chain]
+    norm = next((n for n in names if n in NORMS), None)
+    root = any(n in ("rsqrt", "sqrt", "reciprocal") for n in names)
+    if norm or (root and any(n in ("pow", "var", "sum", "var_mean") for n in names)):
+        return "pre/post norm", "the source normalises this value first: its norm stands at another place"
+    node = chain[-1]
+    weights = [v for v in node.inputs if other.tape.values[v].weights and not other.tape.values[v].data]
+    if op_name(node) == "add" and weights:
+        names_ = [other.tape.values[_their_root(place, v)].name for v in weights]
+        return "missing bias", f"no bias is added, the source adds {names_[0] or 'one'}"
+    if op_name(node) in ("add", "sub") and len([v for v in node.inputs if other.tape.values[v].data]) == 2:
+        return "missing residual", "the residual is missing: the source adds what came in"
+    if op_name(node) in ("mul", "div"):
+        return "scale", "the source scales this value first"
+    if op_name(node) in ("gelu", "relu", "silu", "tanh", "sigmoid", "clamp"):
+        return "activation", f"the source applies {op_name(node)} first"
+    return f"missing {op_name(node)}", f"the source applies {op_name(node)} to this value first"
+
+
+def _their_root(place: Place, vid: int) -> int:
+    run = place.pair.theirs
+    for _ in range(16):
+        value = run.tape.values[vid]
+        if value.node < 0 or not run.tape.nodes[value.node].inputs:
+            break
+        vid = run.tape.nodes[value.node].inputs[0]
+    return vid
+
+
+def residual(place: Place) -> Iterator[Found]:
+    """What came in is added, or is not, where the reference does otherwise."""
+    run = place.pair.ours
+    earlier = [
+        v
+        for v, value in enumerate(run.tape.values)
+        if value.data and value.tensor is not None and 0 <= value.node < place.first and run.both[v] is True
+    ][-40:]
+    for vid in dict.fromkeys([*run.data_inputs(place.first), *(o for _, o, _ in place.results(place.ours_after[:8]))]):
+        try:
+            y = run.held(vid)
+        except Untold:
+            continue
+        if not y.is_floating_point():
+            continue
+        for x_vid in earlier:
+            if tuple(run.tape.values[x_vid].shape) != tuple(y.shape) or x_vid == vid:
+                continue
+            x = run.held(x_vid)
+            for z, said in ((y + x, "missing"), (y - x, "one too many")):
+                if place.pair.occurs(z):
+                    users = [c for c in run.tape.consumers[vid] if c >= place.first]
+                    edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in users})
+                    if place.ok(edit):
+                        where = f"the residual is {said}: the source adds what came in"
+                        cause = "missing residual" if said == "missing" else "extra residual"
+                        yield Found(
+                            cause, where if said == "missing" else "it adds what the source does not", edit, place.first
+                        )
+                        return
+
+
+def dropped(place: Place) -> Iterator[Found]:
+    """Our operators between two values that stand for one in the reference: leave them out."""
+    run = place.pair.ours
+    for start in dict.fromkeys(run.data_inputs(place.first)):
+        try:
+            x = run.held(start)
+        except Untold:
+            continue
+        chain: list[Node] = []
+        for index, out, y in place.results(place.ours_after[:8]):
+            chain.append(run.tape.nodes[index])
+            if y.shape != x.shape:
+                continue
+            edit = Edit(leaves={out: x})
+            if place.ok(edit):
+                yield _extra(place, chain, edit)
+                return
+
+
+def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
+    names = [op_name(n) for n in chain]
+    index = place.first
+    if any(n in NORMS for n in names) or any(n in ("sqrt", "rsqrt", "reciprocal") for n in names):
+        said = "it normalises this value, the source does not: its norm stands at another place"
+        module = place.node.module.rpartition(".")[0] if place.node.module else None
+        return Found("pre/post norm", said, edit, index, module)
+    run = place.pair.ours
+    node = chain[-1]
+    weights = [v for v in node.inputs if run.tape.values[v].weights and not run.tape.values[v].data]
+    if names[-1] == "add" and weights:
+        return Found("extra bias", "it adds a bias that the source does not add", edit, index)
+    if names[-1] in ("add", "sub"):
+        return Found("extra residual", "it adds what the source does not", edit, index)
+    if names[-1] in ("mul", "div"):
+        return Found("scale", "it scales this value, the source does not", edit, index)
+    if names[-1] in ELEMENTWISE:
+        return Found("activation", f"it applies {names[-1]}, the source nothing", edit, index)
+    return Found(f"extra {names[-1]}", f"it applies {names[-1]} to this value, the source does not", edit, index)
+
+
+def pooling(place: Place) -> Iterator[Found]:
+    """One of many positions, or all of them in one: the reference takes others."""
+    run = place.pair.ours
+    taken = place.ours_after[:4]
+    for index in taken:
+        node = run.tape.nodes[index]
+        for v in run.data_inputs(index)[:2]:
+            origin = place.pair.origin(v)
+            for x_vid in dict.fromkeys((v, origin)):
+                x = run.held(x_vid)
+                if not x.is_floating_point() or x.ndim < 2:
+                    continue
+                for axis in range(x.ndim):
+                    if x.shape[axis] < 2:
+                        continue
+                    for name, z in _pooled(x, axis):
+                        yield from _pooled_in(place, taken, name, z, node)
+
+
+def _pooled(x: Tensor, axis: int) -> Iterator[tuple[str, Tensor]]:
+    yield "the first position", x.select(axis, 0)
+    yield "the last position", x.select(axis, -1)
+    yield "the mean of all", x.mean(axis)
+    yield "the largest of all", x.amax(axis)
+
+
+def _pooled_in(place: Place, taken: list[int], name: str, z: Tensor, _: Node) -> Iterator[Found]:
+    run = place.pair.ours
+    if not place.pair.occurs(z):
+        return
+    for index in taken:
+        for o in run.tape.nodes[index].outs:
+            value = run.tape.values[o] if o >= 0 else None
+            if value is None or run.both[o] is True or len([n for n in value.shape if n != 1]) != z.squeeze().ndim:
+                continue
+            if z.numel() == torch.Size(value.shape).numel():
+                edit = Edit(leaves={o: z.reshape(value.shape)})
+                if o in run.outputs or place.ok(edit):
+                    yield Found("pooling", f"the source takes {name}", edit, index)
+                    return
