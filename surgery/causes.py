@@ -71,8 +71,8 @@ def causes(place: Place) -> Iterator[Found]:
         padding,
         statistics,
         scale,
-        structure.added,
         structure.residual,
+        structure.added,
         structure.dropped,
         heads,
         swapped_operands,
@@ -460,7 +460,7 @@ def padding(place: Place) -> Iterator[Found]:
         node = run.tape.nodes[index]
         if op_name(node) != "convolution":
             continue
-        stride, pad, dilation, transposed = node.args[3], node.args[4], node.args[5], node.args[6]
+        pad, transposed = node.args[4], node.args[6]
         if transposed:
             continue
         kernel = run.tape.values[node.args[1].vid].shape[2:]
@@ -488,12 +488,7 @@ def padding(place: Place) -> Iterator[Found]:
                     has = "zeros" if mode == "constant" else mode
                     continue
 
-                def conv(args: Any, kwargs: Any, padded: Tensor = padded) -> Any:
-                    return torch.convolution(
-                        padded, args[1], None, stride, [0] * wide, dilation, False, args[7], args[8]
-                    )
-
-                edit = Edit(ops={index: conv})
+                edit = Edit(ops={index: _convolved(padded, wide)})
                 if place.ok(edit):
                     wants = "zeros" if mode == "constant" else mode
                     if wants == has:
@@ -501,6 +496,13 @@ def padding(place: Place) -> Iterator[Found]:
                     else:
                         said = f"its convolution pads with {has}, the source with {wants}"
                     yield Found("padding mode", said, edit, index)
+
+
+def _convolved(padded: Tensor, wide: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    def run(args: tuple[Any, ...], _: dict[str, Any]) -> Tensor:
+        return torch.convolution(padded, args[1], None, args[3], [0] * wide, args[5], False, args[7], args[8])
+
+    return run
 
 
 def _sides(sizes: list[int]) -> list[list[int]]:

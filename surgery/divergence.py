@@ -30,7 +30,7 @@ from surgery.running import Call, Side, all_tensors
 if TYPE_CHECKING:
     from surgery.judge import Judge
 
-SECONDS = 60.0  # that looking for the cause may take
+SECONDS = 20.0  # that looking for the cause may take
 FURTHER = 4  # places that are named beside the first
 
 
@@ -61,6 +61,8 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     stores = wrong_weights.stores_of(
         judge.values, all_tensors(judge.probe.reference), lambda n: n in judge.links and n in theirs_tape.params
     )
+    place.leaves = frozenset(n for n, m in judge.target.named_modules() if not list(m.children()))
+    place.until = time.monotonic() + SECONDS
     cause = _cause(place, stores)
     label = judge.inputs[at][0]
     return _told(judge, place, cause, label)
@@ -96,18 +98,22 @@ def _place(pair: Pair) -> Place | None:
 
 
 def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
-    """The first change that removes the divergence."""
-    started = time.monotonic()
+    """The first change that removes the divergence, and better one after which the module computes what the reference
+    does: else it is one of several things."""
 
     def all_of() -> Iterator[Found]:
         yield from wrong_weights.near(place, stores)
         yield from causes(place)
         yield from wrong_weights.far(place, stores)
 
+    partial: Found | None = None
+    module = place.node.module
     for found in all_of():
-        return found
-    del started
-    return None
+        left = place.left(found.edit)
+        if not left or place.pair.ours.tape.nodes[left[0]].module != module:
+            return found
+        partial = partial or found
+    return partial
 
 
 def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Divergence:
@@ -138,22 +144,15 @@ def _named(target: nn.Module, module: str, file: str, line: int) -> str:
         kind = type(target.get_submodule(module)).__name__
     except AttributeError:
         kind = ""
-    own = type(target).__module__ if not module else ""
     at = f"{Path(file).name}:{line}" if file else ""
     told = ", ".join(t for t in (kind, at) if t)
-    del own
     return f"{module or 'the module itself'} ({told})" if told else module or "the module itself"
 
 
 def _further(place: Place, cause: Found) -> tuple[str, ...]:
     """Where the two part once this cause is removed: errors of their own, not inherited ones."""
-    pair = place.pair
-    try:
-        known, _ = pair.rerun(cause.edit)
-        left = pair.frontier(pair.ours, pair.findings(known))
-    except (Untold, RuntimeError, ValueError, IndexError, TypeError):
-        return ()
-    modules = dict.fromkeys(pair.ours.tape.nodes[i].module or "the module itself" for i in left)
+    nodes = place.pair.ours.tape.nodes
+    modules = dict.fromkeys(nodes[i].module or "the module itself" for i in place.left(cause.edit))
     return tuple(modules)[:FURTHER]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from surgery import surface, twin
 from surgery.mapper.record import MOVES, RANDOM, FingerprintIndex, Node, Ref, Tape, fingerprint
 
 MATCH = 1e-9
-WINDOW = 400  # operators that a trial runs again, at most
+WINDOW = 90  # operators that a trial runs again, at most
 _SPLITS = ("view", "_unsafe_view", "split", "split_with_sizes", "slice", "select", "unbind")
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -71,6 +72,7 @@ class Run:
     both: list[bool | None] = field(default_factory=list)
     barred: set[int] = field(default_factory=set)  # values that depend on new tensors
     twins: dict[int, list[int]] = field(default_factory=dict)  # the other side's values that equal this one
+    fused: dict[int, bool] = field(default_factory=dict)  # whether a value is several in one, where it was asked for
 
     @cached_property
     def index(self) -> FingerprintIndex:
@@ -165,6 +167,12 @@ class Pair:
     @staticmethod
     def _fused(run: Run, vid: int) -> bool:
         """May a value be several in one? It is cut later."""
+        if vid not in run.fused:
+            run.fused[vid] = Pair._cut_later(run, vid)
+        return run.fused[vid]
+
+    @staticmethod
+    def _cut_later(run: Run, vid: int) -> bool:
         reached = [vid]
         for _ in range(3):
             consumers = [c for v in reached for c in run.tape.consumers[v]]
@@ -177,8 +185,21 @@ class Pair:
         return False
 
     def in_pieces(self, t: Tensor, other: Run) -> bool:
-        t = twin.lift(t)
-        return any(all(other.index.find(fingerprint(piece), MATCH) for piece in pieces) for pieces in cuts(t))
+        return bool(self.pieces(t, other))
+
+    def pieces(self, t: Tensor, other: Run) -> list[int]:
+        """The other side's values that this one is made of, where it is several in one."""
+        for several in cuts(twin.lift(t)):
+            found: list[int] = []
+            for piece in several:
+                f = fingerprint(piece)
+                equal = self.equal(f, piece.numel(), other) if f is not None else []
+                if not equal:
+                    break
+                found += equal
+            else:
+                return found
+        return []
 
     def occurs(self, t: Tensor) -> bool | None:
         """Whether a tensor occurs in the reference's run; None where it says nothing."""
@@ -297,9 +318,8 @@ class Pair:
             return False  # the changed program does not run: that is not the change
         run = self.ours
         # Something that the reference has and that was nowhere: a value that is merely passed on would not show that.
-        if not any(
-            both[v] is True and (v not in edit.leaves or v in run.outputs) and self._regained(known[v]) for v in known
-        ):
+        shown = [v for v in known if both[v] is True and (v not in edit.leaves or v in run.outputs)]
+        if not any(self._regained(v, known[v]) for v in shown):
             return False
         left = self.frontier(run, both)
         if not left:
@@ -310,9 +330,11 @@ class Pair:
         direct = {c for v in edit.leaves if run.tape.values[v].data for c in self._consumers(v)} | set(edit.ops)
         return not direct.intersection(left)
 
-    def _regained(self, t: Tensor) -> bool:
+    def _regained(self, vid: int, t: Tensor) -> bool:
         f = fingerprint(t)
         found = self.equal(f, t.numel(), self.theirs) if f is not None else []
+        if not found and self.ours.both[vid] is False:
+            return True  # it is there in pieces
         return any(self.theirs.both[w] is not True for w in found)
 
     def _consumers(self, vid: int) -> Iterator[int]:
@@ -374,13 +396,32 @@ class Place:
     theirs: list[int]  # the reference's first nodes that we have not
     ours_after: list[int]
     theirs_after: list[int]
+    leaves: frozenset[str] = frozenset()  # our modules that hold no others
+    until: float = math.inf  # time.monotonic() after which nothing more is tried
 
     @property
     def node(self) -> Node:
         return self.pair.ours.tape.nodes[self.first]
 
     def ok(self, edit: Edit) -> bool:
-        return self.pair.mended(edit, self.first)
+        return time.monotonic() < self.until and self.pair.mended(edit, self.first)
+
+    def left(self, edit: Edit) -> list[int]:
+        """The nodes where the two still part with this change."""
+        try:
+            known, _ = self.pair.rerun(edit)
+            return self.pair.frontier(self.pair.ours, self.pair.findings(known))
+        except (Untold, RuntimeError, ValueError, IndexError, TypeError):
+            return []
+
+    def giver(self, vid: int) -> str:
+        """The module that decides what our first node takes: the caller of a module that holds no others, where the
+        value comes from outside of it."""
+        run = self.pair.ours
+        module = self.node.module
+        made_by = run.tape.values[self.pair.origin(vid)].node
+        inside = made_by >= 0 and run.tape.nodes[made_by].module.startswith(module)
+        return module if inside or module not in self.leaves else module.rpartition(".")[0]
 
     def results(self, nodes: list[int]) -> Iterator[tuple[int, int, Tensor]]:
         """(node, value, tensor) of the float results of our nodes that the reference has not."""

@@ -26,22 +26,21 @@ def added(place: Place) -> Iterator[Found]:
     for start in place.theirs[:4]:
         made: dict[int, Tensor] = {}
         chain: list[Node] = []
-        for t in [start, *(n for n in place.theirs_after if n > start)][:10]:
+        t: int | None = start
+        while t is not None and len(chain) < 5:
             node = other.tape.nodes[t]
             try:
                 out = call(node, lambda v, made=made: made[v] if v in made else _as_ours(place, v, back))
             except (Untold, RuntimeError, ValueError, IndexError, TypeError):
-                continue
+                break
             for o, y in zip(node.outs, out, strict=True):
                 if o >= 0:
                     made[o] = y
-            if not any(other.tape.values[o].data for o in node.outs if o >= 0):
-                continue
             chain.append(node)
-            if len(chain) > 4:
-                break
             if node.outs[0] >= 0:
-                yield from _inserted(place, made[node.outs[0]], node, chain)
+                yield from _inserted(place, made[node.outs[0]], chain)
+            after = [c for o in node.outs if o >= 0 for c in other.tape.consumers[o] if c in place.theirs_after]
+            t = min(after, default=None)
 
 
 def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
@@ -51,7 +50,7 @@ def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
     return place.pair.theirs.held(vid)
 
 
-def _inserted(place: Place, z: Tensor, node: Node, chain: list[Node]) -> Iterator[Found]:
+def _inserted(place: Place, z: Tensor, chain: list[Node]) -> Iterator[Found]:
     """z in place of what our node takes, wherever the reference's operator took it."""
     run = place.pair.ours
     taken = [v for v in run.data_inputs(place.first) if run.tape.values[v].shape == tuple(z.shape)]
@@ -61,7 +60,7 @@ def _inserted(place: Place, z: Tensor, node: Node, chain: list[Node]) -> Iterato
             edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in several})
             if place.ok(edit):
                 cause, said = _missing(place, chain)
-                module = None
+                module: str | None = place.giver(vid)
                 if cause == "missing bias":
                     made_by = run.tape.values[place.pair.origin(vid)].node
                     module = run.tape.nodes[made_by].module if made_by >= 0 else None
@@ -134,11 +133,12 @@ def residual(place: Place) -> Iterator[Found]:
                     users = [c for c in run.tape.consumers[vid] if c >= place.first]
                     edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in users})
                     if place.ok(edit):
-                        where = f"the residual is {said}: the source adds what came in"
                         cause = "missing residual" if said == "missing" else "extra residual"
-                        yield Found(
-                            cause, where if said == "missing" else "it adds what the source does not", edit, place.first
-                        )
+                        told = {
+                            "missing": "the residual is missing: the source adds what came in",
+                            "one too many": "it adds what the source does not",
+                        }
+                        yield Found(cause, told[said], edit, place.first, place.giver(vid))
                         return
 
 
@@ -166,7 +166,7 @@ def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
     index = place.first
     if any(n in NORMS for n in names) or any(n in ("sqrt", "rsqrt", "reciprocal") for n in names):
         said = "it normalises this value, the source does not: its norm stands at another place"
-        module = place.node.module.rpartition(".")[0] if place.node.module else None
+        module = place.giver(place.pair.ours.data_inputs(place.first)[0])
         return Found("pre/post norm", said, edit, index, module)
     run = place.pair.ours
     node = chain[-1]
