@@ -26,7 +26,7 @@ from surgery.mapper.record import MOVES, RANDOM, FingerprintIndex, Node, Ref, Ta
 
 MATCH = 1e-9
 WINDOW = 90  # operators that a trial runs again, at most
-_SPLITS = ("view", "_unsafe_view", "split", "split_with_sizes", "slice", "select", "unbind")
+_SPLITS = ("split", "split_with_sizes", "slice", "select", "unbind")
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -174,7 +174,7 @@ class Pair:
     @staticmethod
     def _cut_later(run: Run, vid: int) -> bool:
         reached = [vid]
-        for _ in range(3):
+        for _ in range(5):
             consumers = [c for v in reached for c in run.tape.consumers[v]]
             names = [op_name(run.tape.nodes[c]) for c in consumers]
             if any(n in _SPLITS for n in names):
@@ -242,7 +242,8 @@ class Pair:
         for vid in range(len(run.tape.values)):
             if run.both[vid] is False and vid not in run.barred:
                 after = [o for c in run.tape.consumers[vid] for o in run.tape.nodes[c].outs if o >= 0]
-                if all(o in run.barred or run.both[o] is None for o in after):
+                beside = not run.tape.consumers[vid] and run.tape.values[vid].out > 0  # a mean that a norm gives too
+                if not beside and all(o in run.barred or run.both[o] is None for o in after):
                     found.append(vid)
         return found
 
@@ -274,8 +275,8 @@ class Pair:
         return count
 
     # -- trying -------------------------------------------------------------------------------------------------------
-    def rerun(self, edit: Edit) -> tuple[dict[int, Tensor], set[int]]:
-        """(the values that a change makes other, the nodes that ran again), within the window."""
+    def rerun(self, edit: Edit, first: int = -1) -> dict[int, Tensor]:
+        """The values that a change makes other, within the window; none where it spoils one before node `first`."""
         run = self.ours
         known: dict[int, Tensor] = dict(edit.leaves)
         nodes = {c for v in edit.leaves for c in run.tape.consumers[v]} | set(edit.ops)
@@ -302,8 +303,10 @@ class Pair:
             for vid, t in zip(node.outs, out, strict=True):
                 if vid >= 0 and vid not in edit.leaves:
                     known[vid] = t
+                    if index < first and run.both[vid] and not self._fused(run, vid) and self.occurs(t) is False:
+                        return {}
                     nodes |= set(run.tape.consumers[vid]) - done
-        return known, done
+        return known
 
     def mended(self, edit: Edit, first: int) -> bool:
         """Whether a change removes the divergence at node `first`: what is made of the changed values occurs in the
@@ -312,7 +315,7 @@ class Pair:
             return False
         try:
             with twin.math_only():
-                known, _ = self.rerun(edit)
+                known = self.rerun(edit, first)
                 both = self.findings(known)
         except (Untold, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError):
             return False  # the changed program does not run: that is not the change
@@ -409,7 +412,7 @@ class Place:
     def left(self, edit: Edit) -> list[int]:
         """The nodes where the two still part with this change."""
         try:
-            known, _ = self.pair.rerun(edit)
+            known = self.pair.rerun(edit)
             return self.pair.frontier(self.pair.ours, self.pair.findings(known))
         except (Untold, RuntimeError, ValueError, IndexError, TypeError):
             return []
