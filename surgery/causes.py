@@ -65,6 +65,7 @@ def causes(place: Place) -> Iterator[Found]:
     for look in (
         constants,
         dropout,
+        softmax_axis,
         activation,
         mask,
         positions,
@@ -219,19 +220,35 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def dropout(place: Place) -> Iterator[Found]:
     run = place.pair.ours
-    for index, out, y in place.results(place.ours_after[:6]):
+
+    def drawn(vid: int) -> bool:
+        return any(op_name(run.tape.nodes[n]).lstrip("_").startswith(RANDOM) for n in run.before([vid], 4))
+
+    for index in place.ours_after[:10]:
         node = run.tape.nodes[index]
-        drawn = [
-            v
-            for v in node.inputs
-            for n in run.before([v], 4, data=False)
-            if op_name(run.tape.nodes[n]).lstrip("_").startswith(RANDOM)
-        ]
-        data = [v for v in run.data_inputs(index) if run.tape.values[v].shape == y.shape]
-        if (drawn or "dropout" in op_name(node)) and len(data) == 1:
-            edit = Edit(leaves={out: run.held(data[0])})
+        if op_name(node) not in ("mul", "native_dropout"):
+            continue
+        noise = [v for v in node.inputs if drawn(v)]
+        kept = [v for v in node.inputs if v not in noise]
+        if (noise or op_name(node) == "native_dropout") and len(kept) == 1:
+            edit = Edit(leaves={node.outs[0]: run.held(kept[0])})
             if place.ok(edit):
                 yield Found("dropout", "dropout is left on: it draws at random also in eval mode", edit, index)
+
+
+def softmax_axis(place: Place) -> Iterator[Found]:
+    run = place.pair.ours
+    for index in [i for i in place.ours_after[:30] if op_name(run.tape.nodes[i]) in SOFTMAX][:2]:
+        node = run.tape.nodes[index]
+        axis = node.args[1]
+        ndim = len(run.tape.values[node.inputs[0]].shape)
+        for other in range(ndim):
+            if other % ndim != axis % ndim:
+                args = (node.args[0], other, *node.args[2:])
+                edit = Edit(ops={index: _recalled(node.op, args, node.kwargs)})
+                if place.ok(edit):
+                    said = f"its softmax is over axis {axis % ndim - ndim}, the source's over {other - ndim}"
+                    yield Found("softmax axis", said, edit, index)
 
 
 def scale(place: Place) -> Iterator[Found]:
@@ -529,21 +546,29 @@ _STATISTICS = "it normalises by the batch's own statistics, the source by the ru
 def statistics(place: Place) -> Iterator[Found]:
     """Another kind of normalisation: of the batch, of the layer, by the root mean square."""
     run = place.pair.ours
-    for index in place.ours_after[:10]:
-        node = run.tape.nodes[index]
-        if op_name(node) not in NORMS and not (op_name(node) in ("mul", "div") and index == place.first):
-            continue
-        shape = run.tape.values[node.outs[0]].shape
-        for v in run.data_inputs(index)[:1]:
-            if run.tape.values[v].shape != shape:
-                continue
+    near = place.ours_after[:14]
+    names = {op_name(run.tape.nodes[i]) for i in near}
+    for index in near[:4]:
+        if op_name(run.tape.nodes[index]) == "native_batch_norm":
+            yield from _batch_statistics(place, index)
+    if not names & {*NORMS, "sqrt", "rsqrt", "reciprocal"}:
+        return
+    for v in run.data_inputs(place.first)[:1]:
+        try:
             x = run.held(v)
-            yield from _batch_statistics(place, index, x)
-            for name, f in _normalised(x):
-                if place.pair.occurs(f):
-                    edit = Edit(leaves={node.outs[0]: f})
-                    if place.ok(edit):
-                        yield Found("normalisation", f"it normalises otherwise, the source by {name}", edit, index)
+        except Untold:
+            return
+        several = [(i, o) for i, o, y in place.results(near) if y.shape == x.shape]
+        for name, f in _normalised(x):
+            if not place.pair.occurs(f):
+                continue
+            for index, out in several:
+                edit = Edit(leaves={out: f})
+                if place.ok(edit):
+                    yield Found(
+                        "normalisation", f"it normalises otherwise than the source, which takes {name}", edit, index
+                    )
+                    return
 
 
 def _normalised(x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -552,12 +577,11 @@ def _normalised(x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"root mean square (eps {eps:g})", x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _batch_statistics(place: Place, index: int, x: Tensor) -> Iterator[Found]:
+def _batch_statistics(place: Place, index: int) -> Iterator[Found]:
     """A batch norm that took the batch's statistics: with the running ones, scale and shift included."""
     run = place.pair.ours
     node = run.tape.nodes[index]
-    if op_name(node) != "native_batch_norm":
-        return
+    x = run.held(node.inputs[0])
     mean, var, eps = node.args[3], node.args[4], node.args[7]
     named = {
         v.name.rpartition(".")[2]: i
