@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from surgery import twin
+from surgery import attention, structure
 from surgery.mapper.record import MOVES, RANDOM, Node, Ref, fingerprint
-from surgery.pairing import Edit, Found, Place, Untold, op_name
+from surgery.pairing import NORMS, SOFTMAX, Edit, Found, Place, Untold, op_name, recalled
 
 SMALL = 1e-2  # an added number below it keeps a quotient finite
 EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
-NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm")
-SOFTMAX = ("_softmax", "_safe_softmax", "_log_softmax")
 _SHAPES = (*MOVES, "expand", "cat", "constant_pad_nd", "full", "arange", "index", "sync", "_local_scalar_dense")
 _SAID = {
     "eps": "eps", "p": "p", "alpha": "alpha", "dim": "axis", "correction": "correction", "approximate": "approximate"
@@ -60,14 +58,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def causes(place: Place) -> Iterator[Found]:
     """Changes of the target's program that remove the divergence, most specific first."""
-    from surgery import structure
-
     for look in (
         constants,
         dropout,
-        softmax_axis,
+        attention.softmax_axis,
         activation,
-        mask,
+        attention.mask,
         positions,
         padding,
         statistics,
@@ -75,8 +71,8 @@ def causes(place: Place) -> Iterator[Found]:
         structure.residual,
         structure.added,
         structure.dropped,
-        heads,
-        swapped_operands,
+        attention.heads,
+        attention.swapped_operands,
         structure.pooling,
     ):
         yield from look(place)
@@ -116,21 +112,12 @@ def _with_constants_of(place: Place, index: int, theirs: Node, seen: set[str]) -
         return
     seen.add(key)
     args, kwargs = torch.utils._pytree.tree_unflatten(new, spec)
-    edit = Edit(ops={index: _recalled(node.op, args, kwargs)})
+    edit = Edit(ops={index: recalled(node.op, args, kwargs)})
     if place.ok(edit):
         names = [a.name for a in node.op._schema.arguments]
         changed = [(names[i], a, args[i]) for i, a in enumerate(node.args) if not _same(a, args[i])]
         changed += [(k, v, kwargs[k]) for k, v in node.kwargs.items() if not _same(v, kwargs[k])]
         yield _constant(place, index, edit, changed)
-
-
-def _recalled(op: Any, args: Any, kwargs: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    def run(given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        here = tree_map(lambda a, b: b if isinstance(a, Ref) else a, args, given, is_leaf=lambda x: isinstance(x, Ref))
-        more = {k: named[k] if isinstance(v, Ref) else v for k, v in kwargs.items()}
-        return op(*here, **more)
-
-    return run
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -180,7 +167,7 @@ def _with_eps(place: Place, index: int, eps: float) -> Iterator[Found]:
     if at < 0 or node.args[at] == eps:
         return
     args = tuple(eps if i == at else a for i, a in enumerate(node.args))
-    edit = Edit(ops={index: _recalled(node.op, args, node.kwargs)})
+    edit = Edit(ops={index: recalled(node.op, args, node.kwargs)})
     if place.ok(edit):
         yield Found("eps", f"eps is {node.args[at]:g}, the source has {eps:g}", edit, index)
 
@@ -236,21 +223,6 @@ def dropout(place: Place) -> Iterator[Found]:
                 yield Found("dropout", "dropout is left on: it draws at random also in eval mode", edit, index)
 
 
-def softmax_axis(place: Place) -> Iterator[Found]:
-    run = place.pair.ours
-    for index in [i for i in place.ours_after[:30] if op_name(run.tape.nodes[i]) in SOFTMAX][:2]:
-        node = run.tape.nodes[index]
-        axis = node.args[1]
-        ndim = len(run.tape.values[node.inputs[0]].shape)
-        for other in range(ndim):
-            if other % ndim != axis % ndim:
-                args = (node.args[0], other, *node.args[2:])
-                edit = Edit(ops={index: _recalled(node.op, args, node.kwargs)})
-                if place.ok(edit):
-                    said = f"its softmax is over axis {axis % ndim - ndim}, the source's over {other - ndim}"
-                    yield Found("softmax axis", said, edit, index)
-
-
 def scale(place: Place) -> Iterator[Found]:
     """A value that is a multiple of one of the reference's."""
     other = place.pair.theirs
@@ -282,137 +254,6 @@ def _times(c: float) -> str:
     root = inverse * inverse
     known = f" (sqrt({root:.0f}))" if abs(root - round(root)) < 1e-6 and 1 < root < 4096 else ""
     return f"{inverse:.6g}{known} times" if inverse >= 1 else f"1/{c:.6g} times"
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-def mask(place: Place) -> Iterator[Found]:
-    """The reference's softmax hides other places."""
-    run, other = place.pair.ours, place.pair.theirs
-    theirs = [t for t in place.theirs_after[:60] if op_name(other.tape.nodes[t]) in SOFTMAX]
-    for index in [i for i in place.ours_after[:30] if op_name(run.tape.nodes[i]) in SOFTMAX][:2]:
-        node = run.tape.nodes[index]
-        into = node.inputs[0]
-        base = _unmasked(place, into)
-        try:
-            scores, ours = run.held(base), run.held(node.outs[0])
-        except Untold:
-            continue
-        for t in theirs:
-            p = other.tape.values[other.tape.nodes[t].outs[0]].tensor
-            if p is None or p.numel() != scores.numel() or p.shape[-1] != scores.shape[-1]:
-                continue
-            hidden = (twin.lift(p) == 0).reshape(scores.shape)
-            edit = Edit(leaves={into: scores.masked_fill(hidden, -torch.inf)})
-            if place.ok(edit):
-                yield Found("mask", _about_mask(ours.reshape(scores.shape) == 0, hidden), edit, index)
-        bare = Edit(leaves={into: scores})
-        if base != into and place.ok(bare):
-            yield Found("mask", "it masks attention where the source masks nothing", bare, index)
-
-
-def _unmasked(place: Place, vid: int) -> int:
-    """Attention scores before what depends on no weight was added or filled in."""
-    run = place.pair.ours
-    for _ in range(12):
-        value = run.tape.values[vid]
-        node = run.tape.nodes[value.node] if value.node >= 0 else None
-        if node is None or op_name(node) not in ("add", "sub", "masked_fill", "where", "maximum", *MOVES, "mul"):
-            break
-        weighed = [v for v in node.inputs if run.tape.values[v].weights and run.tape.values[v].data]
-        free = [v for v in node.inputs if not run.tape.values[v].weights]
-        if len(weighed) != 1 or run.tape.values[weighed[0]].shape != value.shape:
-            break
-        if not free and op_name(node) in ("add", "sub", "where", "mul"):
-            break
-        vid = weighed[0]
-    return vid
-
-
-def _about_mask(ours: Tensor, theirs: Tensor) -> str:
-    t, s = ours.shape[-1], ours.shape[-2]
-    causal = torch.ones(s, t, dtype=torch.bool, device=ours.device).triu(1)
-    if not bool(ours.any()):
-        what = "the source is causal" if s == t and bool((theirs & causal == causal).all()) else "the source hides some"
-        return f"its attention hides nothing, {what}: the mask is missing"
-    if bool((ours != theirs).all()) or bool((ours == ~theirs)[..., 0, :].all()):
-        return "its mask is inverted: it hides what the source shows"
-    if s == t and bool((ours & causal == causal).all()) and not bool((theirs & causal == causal).all()):
-        return "its attention is causal, the source's is not"
-    if s == t and bool((theirs & causal == causal).all()):
-        return "its attention is not causal, the source's is"
-    return "its mask hides other places than the source's"
-
-
-def swapped_operands(place: Place) -> Iterator[Found]:
-    """The scores are the source's, transposed: query and key stand in each other's place."""
-    run = place.pair.ours
-    upstream = run.before(run.tape.nodes[place.first].inputs, 16, data=True)
-    for index in [place.first, *upstream]:
-        node = run.tape.nodes[index]
-        if op_name(node) not in ("bmm", "mm") or len(run.data_inputs(index)) != 2:
-            continue
-        shape = run.tape.values[node.outs[0]].shape
-        if len(shape) < 2 or shape[-1] != shape[-2]:
-            continue
-        edit = Edit(ops={index: lambda args, kwargs: (args[0] @ args[1]).transpose(-1, -2).contiguous()})
-        if place.ok(edit):
-            module = _maker(place, index)
-            yield Found("swapped query and key", "query and key are swapped", edit, index, module)
-
-
-def _maker(place: Place, index: int) -> str | None:
-    """The module whose weights made what goes into a node."""
-    run = place.pair.ours
-    for n in run.before(run.data_inputs(index), 16, data=True):
-        if any(run.tape.values[v].weights and not run.tape.values[v].data for v in run.tape.nodes[n].inputs):
-            return run.tape.nodes[n].module
-    return None
-
-
-def heads(place: Place) -> Iterator[Found]:
-    """An axis is cut into the same numbers in another order: heads first, or each head's width first."""
-    run = place.pair.ours
-    upstream = run.before(run.tape.nodes[place.first].inputs, 40, data=True)
-    views: dict[int, list[list[int]]] = {}
-    for index in upstream:
-        node = run.tape.nodes[index]
-        if op_name(node) not in ("view", "_unsafe_view", "reshape"):
-            continue
-        before = list(run.tape.values[node.inputs[0]].shape)
-        after = list(run.tape.values[node.outs[0]].shape)
-        for k in (2, 3):
-            if before and len(after) >= k + 1 and math.prod(after[-k:]) == before[-1] and 1 not in after[-k:]:
-                views[index] = [list(p) for p in _orders(k)]
-                break
-    groups: list[list[int]] = [list(views), *([v] for v in views)]
-    for group in groups:
-        k = min((len(views[v][0]) for v in group), default=0)
-        for order in _orders(k):
-            edit = Edit(ops={v: _reordered(order) for v in group if len(views[v][0]) == k})
-            if place.ok(edit):
-                at = min(group)
-                yield Found("head order", "its heads are cut in another order than the source's", edit, at)
-                return
-
-
-def _orders(k: int) -> list[tuple[int, ...]]:
-    import itertools
-
-    return [p for p in itertools.permutations(range(k)) if p != tuple(range(k))]
-
-
-def _reordered(order: tuple[int, ...]) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-    def run(args: tuple[Any, ...], _: dict[str, Any]) -> Tensor:
-        x, size = args[0], list(args[1])
-        k = len(order)
-        size = list(x.reshape(size).shape)
-        cut = size[-k:]
-        y = x.reshape(*size[:-k], *(cut[i] for i in order))
-        n = len(size) - k
-        back = [order.index(i) for i in range(k)]
-        return y.permute(*range(n), *(n + b for b in back)).contiguous()
-
-    return run
 
 
 # -- positions, padding, statistics -----------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
         judge.values, all_tensors(judge.probe.reference), lambda n: n in judge.links and n in theirs_tape.params
     )
     place.leaves = frozenset(n for n, m in judge.target.named_modules() if not list(m.children()))
-    place.until = time.monotonic() + SECONDS
+    place.until = time.thread_time() + SECONDS
     cause = _cause(place, stores)
     label = judge.inputs[at][0]
     return _told(judge, place, cause, label)

@@ -25,8 +25,11 @@ from surgery import surface, twin
 from surgery.mapper.record import MOVES, RANDOM, FingerprintIndex, Node, Ref, Tape, fingerprint
 
 MATCH = 1e-9
+SOON = 12  # operators within which a weight must show that it is the right one
 WINDOW = 90  # operators that a trial runs again, at most
 _SPLITS = ("split", "split_with_sizes", "slice", "select", "unbind")
+NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm")
+SOFTMAX = ("_softmax", "_safe_softmax", "_log_softmax")
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -132,6 +135,17 @@ def call(node: Node, value: Callable[[int], Tensor]) -> list[Tensor]:
     return [twin.lift(t) for t in (out if isinstance(out, (tuple, list)) else (out,))]
 
 
+def recalled(op: Any, args: Any, kwargs: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """The operator on what a run gives it, with the constants of `args` and `kwargs`."""
+
+    def run(given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        here = tree_map(lambda a, b: b if isinstance(a, Ref) else a, args, given, is_leaf=lambda x: isinstance(x, Ref))
+        more = {k: named[k] if isinstance(v, Ref) else v for k, v in kwargs.items()}
+        return op(*here, **more)
+
+    return run
+
+
 def cuts(t: Tensor) -> Iterator[list[Tensor]]:
     """Ways in which a fused output (query, key and value; gate and up) lies in its last axis or its channels, blocked
     or by head."""
@@ -150,6 +164,10 @@ class Pair:
         self.ours, self.theirs = ours, theirs
         self._judge(ours, theirs)
         self._judge(theirs, ours)
+        wanted = set(theirs.outputs)
+        for vid in ours.outputs:  # an output must be one there, and not merely occur on the way
+            if ours.both[vid] and wanted and not wanted.intersection(ours.twins.get(vid, wanted)):
+                ours.both[vid] = False
 
     def _judge(self, run: Run, other: Run) -> None:
         for vid, value in enumerate(run.tape.values):
@@ -275,13 +293,13 @@ class Pair:
         return count
 
     # -- trying -------------------------------------------------------------------------------------------------------
-    def rerun(self, edit: Edit, first: int = -1) -> dict[int, Tensor]:
+    def rerun(self, edit: Edit, first: int = -1, window: int = WINDOW) -> dict[int, Tensor]:
         """The values that a change makes other, within the window; none where it spoils one before node `first`."""
         run = self.ours
         known: dict[int, Tensor] = dict(edit.leaves)
         nodes = {c for v in edit.leaves for c in run.tape.consumers[v]} | set(edit.ops)
         done: set[int] = set()
-        while nodes and len(done) < WINDOW:
+        while nodes and len(done) < window:
             index = min(nodes)
             nodes.discard(index)
             done.add(index)
@@ -308,14 +326,17 @@ class Pair:
                     nodes |= set(run.tape.consumers[vid]) - done
         return known
 
-    def mended(self, edit: Edit, first: int) -> bool:
+    def mended(self, edit: Edit, first: int, soon: bool = False) -> bool:
         """Whether a change removes the divergence at node `first`: what is made of the changed values occurs in the
-        reference, and where the two still part is further on."""
-        if not edit:
+        reference, and where the two still part is further on. `soon`: it must occur within a few operators."""
+        if not edit or (soon and not self._mended(edit, first, SOON)):
             return False
+        return self._mended(edit, first, WINDOW)
+
+    def _mended(self, edit: Edit, first: int, window: int) -> bool:
         try:
             with twin.math_only():
-                known = self.rerun(edit, first)
+                known = self.rerun(edit, first, window)
                 both = self.findings(known)
         except (Untold, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError):
             return False  # the changed program does not run: that is not the change
@@ -324,6 +345,8 @@ class Pair:
         shown = [v for v in known if both[v] is True and (v not in edit.leaves or v in run.outputs)]
         if not any(self._regained(v, known[v]) for v in shown):
             return False
+        if window == SOON:
+            return True
         left = self.frontier(run, both)
         if not left:
             return True
@@ -400,14 +423,14 @@ class Place:
     ours_after: list[int]
     theirs_after: list[int]
     leaves: frozenset[str] = frozenset()  # our modules that hold no others
-    until: float = math.inf  # time.monotonic() after which nothing more is tried
+    until: float = math.inf  # time.thread_time() after which nothing more is tried
 
     @property
     def node(self) -> Node:
         return self.pair.ours.tape.nodes[self.first]
 
-    def ok(self, edit: Edit) -> bool:
-        return time.monotonic() < self.until and self.pair.mended(edit, self.first)
+    def ok(self, edit: Edit, soon: bool = False) -> bool:
+        return time.thread_time() < self.until and self.pair.mended(edit, self.first, soon)
 
     def left(self, edit: Edit) -> list[int]:
         """The nodes where the two still part with this change."""
@@ -420,11 +443,34 @@ class Place:
     def giver(self, vid: int) -> str:
         """The module that decides what our first node takes: the caller of a module that holds no others, where the
         value comes from outside of it."""
-        run = self.pair.ours
         module = self.node.module
-        made_by = run.tape.values[self.pair.origin(vid)].node
-        inside = made_by >= 0 and run.tape.nodes[made_by].module.startswith(module)
+        inside = self.maker(vid).startswith(module)
         return module if inside or module not in self.leaves else module.rpartition(".")[0]
+
+    def maker(self, vid: int) -> str:
+        """The module in whose forward a value was computed."""
+        run = self.pair.ours
+        made_by = run.tape.values[self.pair.origin(vid)].node
+        return run.tape.nodes[made_by].module if made_by >= 0 else ""
+
+    def adder(self, vid: int, other: int) -> str:
+        """The module that would add two values: the innermost one in which both are computed, or the giver."""
+        a, b, shared = self.maker(vid).split("."), self.maker(other).split("."), []
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                break
+            shared.append(x)
+        both, given = ".".join(shared), self.giver(vid)
+        return both if len(both) > len(given) and both.startswith(given) and both not in self.leaves else given
+
+    def named_like(self, value: Tensor) -> str:
+        """Our parameter that holds these values, or an empty text."""
+        run = self.pair.ours
+        for name, vid in run.tape.params.items():
+            t = run.tape.values[vid].tensor
+            if t is not None and tuple(t.shape) == tuple(value.shape) and torch.equal(twin.lift(t), twin.lift(value)):
+                return name
+        return ""
 
     def results(self, nodes: list[int]) -> Iterator[tuple[int, int, Tensor]]:
         """(node, value, tensor) of the float results of our nodes that the reference has not."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from surgery.causes import NORMS
 from surgery.mapper.record import Node, Ref
-from surgery.pairing import Edit, Found, Place, Untold, call, op_name
+from surgery.pairing import NORMS, Edit, Found, Place, Untold, call, op_name
 
 ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
 
@@ -61,6 +60,9 @@ def _inserted(place: Place, z: Tensor, chain: list[Node]) -> Iterator[Found]:
             if place.ok(edit):
                 cause, said = _missing(place, chain)
                 module: str | None = place.giver(vid)
+                if cause == "pre/post norm":
+                    owner = _norm_of(place, chain)
+                    module = owner.rpartition(".")[0] if owner is not None else module
                 if cause == "missing bias":
                     made_by = run.tape.values[place.pair.origin(vid)].node
                     module = run.tape.nodes[made_by].module if made_by >= 0 else None
@@ -99,6 +101,17 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     return f"missing {op_name(node)}", f"the source applies {op_name(node)} to this value first"
 
 
+def _norm_of(place: Place, chain: list[Node]) -> str | None:
+    """Our module that holds the gain of the reference's norm."""
+    other = place.pair.theirs
+    for node in chain:
+        for v in node.inputs:
+            value = other.tape.values[_their_root(place, v)]
+            if value.origin == "param" and value.tensor is not None and (name := place.named_like(value.tensor)):
+                return name.rpartition(".")[0]
+    return None
+
+
 def _their_root(place: Place, vid: int) -> int:
     run = place.pair.theirs
     for _ in range(16):
@@ -131,14 +144,17 @@ def residual(place: Place) -> Iterator[Found]:
             for z, said in ((y + x, "missing"), (y - x, "one too many")):
                 if place.pair.occurs(z):
                     users = [c for c in run.tape.consumers[vid] if c >= place.first]
-                    edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in users})
+                    edit = Edit(
+                        leaves={vid: z} if vid in run.outputs else {},
+                        ops={c: _other_input(run.tape.nodes[c], vid, z) for c in users},
+                    )
                     if place.ok(edit):
                         cause = "missing residual" if said == "missing" else "extra residual"
                         told = {
                             "missing": "the residual is missing: the source adds what came in",
                             "one too many": "it adds what the source does not",
                         }
-                        yield Found(cause, told[said], edit, place.first, place.giver(vid))
+                        yield Found(cause, told[said], edit, place.first, place.adder(vid, x_vid))
                         return
 
 

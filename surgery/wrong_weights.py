@@ -63,8 +63,19 @@ def far(place: Place, stores: Stores) -> Iterator[Found]:
                 said = f"{_name(run, a)} and {_name(run, b)} stand in each other's place"
                 yield Found("swapped tensors", said, trial, place.first, min(mine, other))
                 return
+    for vid in several[:6]:
+        value = _held(run, vid)
+        for said, right in _blocks(value) if value is not None else ():
+            edit = Edit(leaves={vid: right})
+            if place.ok(edit):
+                whole = any(_equal(t, value) for p in stores.theirs.values() for t in _laid(p, value))
+                cause, words = relation(value, right, stores, _name(run, vid), "")
+                if whole:
+                    cause, words = "block order", f"what takes it reads it otherwise: {said}"
+                yield Found(cause, f"{_name(run, vid)}: {words}", edit, place.first, _owner(run, vid))
+                return
     for vid in several[:6]:  # rows in another order make the same values in other places: seen only further on
-        yield from _one(place, stores, vid, _theirs_near(place), most=24)
+        yield from _one(place, stores, vid, _theirs_near(place), most=24, soon=False)
 
 
 def _parameters(run: Run, vids: list[int]) -> list[int]:
@@ -96,7 +107,9 @@ def _theirs_near(place: Place) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _one(place: Place, stores: Stores, vid: int, close: list[str], most: int = _MOST) -> Iterator[Found]:
+def _one(
+    place: Place, stores: Stores, vid: int, close: list[str], most: int = _MOST, soon: bool = True
+) -> Iterator[Found]:
     run = place.pair.ours
     now = _held(run, vid)
     if now is None or not now.is_floating_point():
@@ -113,7 +126,7 @@ def _one(place: Place, stores: Stores, vid: int, close: list[str], most: int = _
         if tried > most:
             return
         edit = Edit(leaves={vid: right.contiguous()})
-        if place.ok(edit):
+        if place.ok(edit, soon=soon):
             cause, words = relation(now, right, stores, _name(run, vid), of)
             yield Found(cause, f"{_name(run, vid)}: {said or words}", edit, place.first, _owner(run, vid))
             return
@@ -176,6 +189,14 @@ def _reordered(now: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensor's own blocks in other orders; its rows moved by one; turned."""
     if now.ndim == 2 and now.shape[0] == now.shape[1]:
         yield "it is transposed", now.t()
+    yield from _blocks(now)
+    for by in (1, -1):
+        yield f"its rows are shifted by {by}", torch.roll(now, -by, 0)
+    yield "it is larger by one than the source's", now - 1
+    yield "it is smaller by one than the source's", now + 1
+
+
+def _blocks(now: Tensor) -> Iterator[tuple[str, Tensor]]:
     for axis in range(min(2, now.ndim)):
         n = now.shape[axis]
         for k in (2, 3, 4):
@@ -186,10 +207,6 @@ def _reordered(now: Tensor) -> Iterator[tuple[str, Tensor]]:
                 if order != tuple(range(k)):
                     said = f"its {k} blocks along axis {axis} stand in another order than the source's"
                     yield said, torch.cat([blocks[i] for i in order], axis)
-    for by in (1, -1):
-        yield f"its rows are shifted by {by}", torch.roll(now, -by, 0)
-    yield "it is larger by one than the source's", now - 1
-    yield "it is smaller by one than the source's", now + 1
 
 
 def relation(now: Tensor, right: Tensor, stores: Stores, name: str, of: str) -> tuple[str, str]:

@@ -346,7 +346,7 @@ def statistics(values: Values) -> Made:
 
 def one_element(values: Values) -> Made:
     for n in _matrices(values)[:1]:
-        out = values[n].clone()
+        out = values[n].clone(memory_format=torch.contiguous_format)
         out.view(-1)[values[n].numel() // 2] += 0.05
         yield _one(n, out, "one row", "wrong values")
 
