@@ -30,7 +30,7 @@ from surgery.running import Call, Side, all_tensors
 if TYPE_CHECKING:
     from surgery.judge import Judge
 
-SECONDS = 20.0  # that looking for the cause may take
+SECONDS = 120.0  # that looking for the cause may take, where operators are slow
 FURTHER = 4  # places that are named beside the first
 
 
@@ -62,7 +62,7 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
         judge.values, all_tensors(judge.probe.reference), lambda n: n in judge.links and n in theirs_tape.params
     )
     place.leaves = frozenset(n for n, m in judge.target.named_modules() if not list(m.children()))
-    place.until = time.thread_time() + SECONDS
+    place.until = time.monotonic() + SECONDS
     cause = _cause(place, stores)
     label = judge.inputs[at][0]
     return _told(judge, place, cause, label)

@@ -25,6 +25,7 @@ from surgery import surface, twin
 from surgery.mapper.record import MOVES, RANDOM, FingerprintIndex, Node, Ref, Tape, fingerprint
 
 MATCH = 1e-9
+BUDGET = 40_000  # operators that looking for one cause may run again
 SOON = 12  # operators within which a weight must show that it is the right one
 WINDOW = 90  # operators that a trial runs again, at most
 _SPLITS = ("split", "split_with_sizes", "slice", "select", "unbind")
@@ -162,6 +163,7 @@ class Pair:
 
     def __init__(self, ours: Run, theirs: Run) -> None:
         self.ours, self.theirs = ours, theirs
+        self.spent = 0  # operators that trials ran again
         self._judge(ours, theirs)
         self._judge(theirs, ours)
         wanted = set(theirs.outputs)
@@ -303,6 +305,7 @@ class Pair:
             index = min(nodes)
             nodes.discard(index)
             done.add(index)
+            self.spent += 1
             node = run.tape.nodes[index]
             if op_name(node) == "sync" or op_name(node).lstrip("_").startswith(RANDOM):
                 continue
@@ -396,7 +399,7 @@ class Pair:
                 if value is None or value.tensor is None or math.prod(value.shape) != t.numel() or not value.data:
                     continue
                 if value.tensor.is_floating_point():
-                    r = surface.residual(value.tensor, t, anywhere=t.numel() < 1 << 16)
+                    r = surface.residual(value.tensor, t)
                     if r < best:
                         best, where = r, index
         return best, where
@@ -423,14 +426,16 @@ class Place:
     ours_after: list[int]
     theirs_after: list[int]
     leaves: frozenset[str] = frozenset()  # our modules that hold no others
-    until: float = math.inf  # time.thread_time() after which nothing more is tried
+    until: float = math.inf  # time.monotonic() after which nothing more is tried
 
     @property
     def node(self) -> Node:
         return self.pair.ours.tape.nodes[self.first]
 
     def ok(self, edit: Edit, soon: bool = False) -> bool:
-        return time.thread_time() < self.until and self.pair.mended(edit, self.first, soon)
+        if self.pair.spent > BUDGET or time.monotonic() > self.until:
+            return False
+        return self.pair.mended(edit, self.first, soon)
 
     def left(self, edit: Edit) -> list[int]:
         """The nodes where the two still part with this change."""

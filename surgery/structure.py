@@ -105,7 +105,7 @@ def _norm_of(place: Place, chain: list[Node]) -> str | None:
     """Our module that holds the gain of the reference's norm."""
     other = place.pair.theirs
     for node in chain:
-        for v in node.inputs:
+        for v in (v for v in node.inputs if not other.tape.values[v].data):
             value = other.tape.values[_their_root(place, v)]
             if value.origin == "param" and value.tensor is not None and (name := place.named_like(value.tensor)):
                 return name.rpartition(".")[0]

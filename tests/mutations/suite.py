@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,14 @@ class Outcome:
     line: bool  # whether a file and line were named
     passes_gate: dict[float, bool]  # torch.allclose in float32 with this rtol and atol
 
+    def __str__(self) -> str:
+        right = self.verdict == "refuted" and self.located and self.named if self.changes else self.verdict == "proven"
+        wanted = f" (wanted {self.defect.where}, {self.defect.causes})" if self.changes and not right else ""
+        found = (
+            f" at {self.module!r}: {self.cause!r}{wanted}: {self.fix}" if self.changes else ", which changes nothing"
+        )
+        return f"{'ok ' if right else 'BAD'} {self.defect.name}: {self.verdict}{found}"
+
     @property
     def changes(self) -> bool:
         return self.moved > CHANGES
@@ -48,11 +57,31 @@ class Outcome:
         return self.cause in self.defect.causes
 
 
-def all_defects() -> Iterator[Defect]:
-    """Every slip and every damage of every family."""
-    yield from slips()
-    for name in FAMILIES:
+def all_defects(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Defect]:
+    """Every slip and every damage of these families."""
+    yield from (s for s in slips() if s.family in families)
+    for name in families:
         yield from damages(name, right_values(right(name)))
+
+
+def chosen(only: str = "", sample: int = 0, seed: int = 0) -> list[Defect]:
+    """Those whose name holds `only`; of them `sample` (0: all), drawn so that kinds come before repetitions of one."""
+    families = [f for f in FAMILIES if not only or f.startswith(only.split(" /")[0])] or list(FAMILIES)
+    found = [d for d in all_defects(families) if only in d.name]
+    if not sample:
+        return found
+    random.Random(seed).shuffle(found)
+    nth: dict[str, int] = {}
+    ranked = []
+    for defect in found:
+        nth[defect.kind] = nth.get(defect.kind, 0) + 1
+        ranked.append((nth[defect.kind], defect))
+    return [d for _, d in sorted(ranked, key=lambda r: r[0])][:sample]
+
+
+def judged_of(defect: Defect) -> Outcome:
+    """The outcome of one defect of a family."""
+    return judged(right(defect.family), defect)
 
 
 def right_values(graft: Right) -> dict[str, Tensor]:
