@@ -35,6 +35,7 @@ from surgery.probe import Probe
 from surgery.proof import GATE, PassResult, Proof
 from surgery.running import MADE, Call, Side, all_tensors, build, own_tensors, perturbed, unrounded
 from surgery.surface import INF, Place
+from surgery.symmetry import reordered
 
 CLOSE = 1e-5  # relative; what storing constants in float32 does to a fingerprint is less
 BLOCKWISE = "block by block: weights are raised to float64, and gradients taken, a piece of the run at a time"
@@ -81,7 +82,8 @@ class Judge:
         self.reference_side, self.target_side = Side.reference(probe), Side.target(probe)
         with machine.giving_back(self.blockwise):
             self.links = links if links is not None else link(probe.reference, source)
-            self.values = unrounded(plan, source, held(probe.reference, source, self.links), on_use=self.blockwise)
+            self.held = held(probe.reference, source, self.links)
+            self.values = unrounded(plan, source, self.held, on_use=self.blockwise)
         self.inputs = probe.proof_inputs()
         if not self.inputs:
             raise GraftError("the probe has no inputs", hint="Give at least one to search with and one to prove with.")
@@ -384,6 +386,7 @@ class Judge:
                 self._told(exercise, tape, outputs)
             gaps, symmetries, nothing = self._exercised(exercise)
             gaps += unused_masks(self.inputs, self.target, surfaced)
+            symmetries += reordered(self.plan.rows, self.values, self.held)
             why = nothing
         labels = tuple(label for label, _ in self.inputs)
         passed = found.passed and not why

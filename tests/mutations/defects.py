@@ -114,7 +114,7 @@ def slips() -> list[Slip]:
         Slip("vit", "pooling", {"pool": "mean"}, top, ("pooling",)),
         Slip("clip text", "pooling", {"pool": "last"}, top, ("pooling",)),
         Slip("vit", "query, key, value order", {"order": "kqv"}, (ATT, f"{ATT}.qkv"), ("swapped query and key",)),
-        Slip("vit", "query, key, value order", {"order": "vkq"}, (ATT, f"{ATT}.qkv"), ("block order", "swapped tensors")),
+        Slip("vit", "query, key, value order", {"order": "vkq"}, (ATT, f"{ATT}.qkv"), ("block order",)),
         Slip("whisper encoder", "padding mode", {"pad": "circular"}, ("conv1",), ("padding mode",)),
         Slip("whisper encoder", "padding mode", {"pad": "reflect"}, ("conv1",), ("padding mode",)),
         Slip("patchtst", "unbiased variance", {"std": "sample"}, top, ("variance", "scale")),
@@ -135,7 +135,7 @@ def slips() -> list[Slip]:
         Slip("efficientnet blocks", "padding mode", {"pad": "reflect"}, (f"{B}.deep",), ("padding mode",)),
         Slip("efficientnet blocks", "residual missing", {"skip": False}, (B, ""), ("missing residual",)),
         Slip("lstm", "activation", {"candidate": torch.sigmoid}, top, ("activation",)),
-        Slip("lstm", "constant added", {"forget_bias": 1.0}, top, ("constant", "extra residual", "extra bias", "extra add")),
+        Slip("lstm", "constant added", {"forget_bias": 1.0}, top, ("extra bias", "extra add")),
         Slip("wav2vec2 positions", "position offset", {"trim": "start"}, top, ("position offset", "constant")),
         Slip("wav2vec2 positions", "GELU variant", {"act": tanh_gelu}, top, ("gelu",)),
     ]  # fmt: skip
