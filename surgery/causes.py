@@ -267,7 +267,8 @@ def positions(place: Place) -> Iterator[Found]:
             near = [n for n in run.before([v], 8) if op_name(run.tape.nodes[n]) in ("index", "index_select", "gather")]
         for index in near:
             node = run.tape.nodes[index]
-            table = next((i for i in node.inputs if run.tape.values[i].weights and not run.tape.values[i].data), None)
+            held = [i for i in node.inputs if not run.tape.values[i].data and len(run.tape.values[i].shape) > 1]
+            table = next((i for i in held if run.tape.values[i].dtype.is_floating_point), None)
             if table is None or not node.outs or node.outs[0] < 0:
                 continue
             yield from _shifted_rows(place, index, table)

@@ -191,7 +191,7 @@ class Exercise:
             if not groups:
                 return
             group = groups.pop()
-            whys = _followed(tape, nodes, outputs, group)
+            whys = followed(tape, nodes, outputs, group)
             if whys is not None:
                 self._cancelled(whys)
             elif len(group) == 1:
@@ -359,7 +359,7 @@ def _apart(a: Tensor, b: Tensor) -> bool:
     return difference > SHOWN * max(top, 1e-300)
 
 
-def _followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
+def followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
     """Perturb these segments together and follow what moves, side by side with the run as it was, holding only what is
     still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one
     just ends. None where an output moves."""

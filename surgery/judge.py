@@ -35,7 +35,7 @@ from surgery.probe import Probe
 from surgery.proof import GATE, PassResult, Proof
 from surgery.running import MADE, Call, Side, all_tensors, build, own_tensors, perturbed, unrounded
 from surgery.surface import INF, Place
-from surgery.symmetry import reordered
+from surgery.symmetry import left_out, reordered
 
 CLOSE = 1e-5  # relative; what storing constants in float32 does to a fingerprint is less
 BLOCKWISE = "block by block: weights are raised to float64, and gradients taken, a piece of the run at a time"
@@ -386,7 +386,7 @@ class Judge:
                 self._told(exercise, tape, outputs)
             gaps, symmetries, nothing = self._exercised(exercise)
             gaps += unused_masks(self.inputs, self.target, surfaced)
-            symmetries += reordered(self.plan.rows, self.values, self.held)
+            symmetries += [*reordered(self.plan.rows, self.values, self.held), *left_out(self)]
             why = nothing
         labels = tuple(label for label, _ in self.inputs)
         passed = found.passed and not why

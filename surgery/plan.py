@@ -91,6 +91,9 @@ class Row:
         return names(self.aside) if self.aside is not None else ()
 
 
+WITHOUT = "the target has no place for it, and computes the same without it"  # of a tensor that the reference uses
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A source tensor that nothing uses, and why."""

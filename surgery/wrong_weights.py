@@ -290,6 +290,12 @@ def _of_another(now: Tensor, right: Tensor, stores: Stores, name: str, of: str) 
     return None
 
 
+def _holds(theirs: Tensor, now: Tensor) -> bool:
+    """Are these values one of the source's tensors, or a part of it?"""
+    parts = _parts(theirs, now) if theirs.numel() > now.numel() else ()
+    return any(_equal(x, now) for x in (*_laid(theirs, now), *parts))
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 

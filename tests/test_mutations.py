@@ -74,8 +74,10 @@ def test_a_key_bias_that_is_left_out_is_proven_and_named() -> None:
     target = shaken(NoKeyBias()).eval()
     report = surgery.graft(graft.source, target, probe=graft.probe)
     assert report.verdict == "proven"
-    dropped = {d.source: d.why for d in report.plan.dropped}
-    assert "softmax" in dropped["encoder.layer.0.attention.self.key.bias"]
+    assert report.proof is not None
+    for i in range(models.LAYERS):
+        said = f"encoder.layer.{i}.attention.self.key.bias: left out; the softmax cancels it"
+        assert said in report.proof.symmetries
 
 
 def test_permuted_heads_are_proven_and_named() -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import GraftError
-from surgery.plan import Dropped, Plan, Row, Stamp, Status
+from surgery.plan import WITHOUT, Dropped, Plan, Row, Stamp, Status
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -375,7 +375,7 @@ def _why_dropped(name: str, h: Hypothesis, links: dict[str, Expr]) -> str:
         return "the reference does not hold it as a weight"
     if not any(ref.consumers[v] for v in vids):
         return "not part of what was run"
-    return "the target has no place for it, and computes the same without it"
+    return WITHOUT
 
 
 def _diagnosis(h: Hypothesis) -> str:
