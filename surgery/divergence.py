@@ -23,7 +23,7 @@ from surgery.causes import causes
 from surgery.errors import GraftError
 from surgery.expr import Name, names
 from surgery.mapper.record import FingerprintIndex, Tape, fingerprint, record
-from surgery.pairing import MATCH, Found, Pair, Place, Run, Untold, caller, cuts
+from surgery.pairing import MATCH, SOFTMAX, Edit, Found, Pair, Place, Run, Untold, caller, cuts, op_name
 from surgery.proof import Divergence
 from surgery.running import Call, Side, all_tensors
 
@@ -63,7 +63,7 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     )
     place.leaves = frozenset(n for n, m in judge.target.named_modules() if not list(m.children()))
     place.until = time.monotonic() + SECONDS
-    cause = _cause(place, stores)
+    cause = _heads(judge, place, at) or _cause(place, stores)
     label = judge.inputs[at][0]
     return _told(judge, place, cause, label)
 
@@ -112,8 +112,45 @@ def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
         left = place.left(found.edit)
         if not left or place.pair.ours.tape.nodes[left[0]].module != module:
             return found
-        partial = partial or found
+        if found.cause != "scale":  # scores of other heads are scaled otherwise, too
+            partial = partial or found
     return partial
+
+
+def _heads(judge: Judge, place: Place, at: int) -> Found | None:
+    """Another number of heads than the reference's softmax has, found by running the target with that number."""
+    ours, theirs = (
+        [s for i in after[:60] if op_name(run.tape.nodes[i]) in SOFTMAX and len(s := _shape(run, i)) == 4]
+        for run, after in ((place.pair.ours, place.ours_after), (place.pair.theirs, place.theirs_after))
+    )
+    if not ours or not theirs or ours[0][1] == theirs[0][1]:
+        return None
+    has, wants = ours[0][1], theirs[0][1]
+    module = place.node.module
+    for attribute, value in vars(judge.target.get_submodule(module)).items():
+        if type(value) is not int or value != has:
+            continue
+        twin = judge.target_twin(new=judge.probe.run_target is None)
+        setattr(twin.get_submodule(module), attribute, wants)
+        try:
+            tape = _tape(judge, judge.target_side, twin, at, set(judge.values))
+        except GraftError:
+            continue  # it does not run with that number: that is not all of it
+        run = Run(tape, tape.outputs())
+        if judge.probe.run_target is None:
+            run.barred = _depending(tape, set(judge.new))
+        pair = Pair(run, Run(place.pair.theirs.tape, place.pair.theirs.outputs))
+        if judge.probe.run_target is None:
+            run.outputs = pair.sinks(run)
+        left = pair.frontier(run)
+        if not left or (left[0] > place.first and tape.nodes[left[0]].module != module):
+            said = f"{attribute} is {has}, the source has {wants} heads"
+            return Found("number of heads", said, Edit(), place.first, module)
+    return None
+
+
+def _shape(run: Run, index: int) -> tuple[int, ...]:
+    return run.tape.values[run.tape.nodes[index].outs[0]].shape
 
 
 def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Divergence:
@@ -132,7 +169,7 @@ def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Diverg
         said = f"{where}: what it computes here the reference does not, from inputs that both have"
         return Divergence(module, theirs, residual, f"{said} (on {label}{nearly})", "", file, line)
     fix = f"{where}: {cause.said}"
-    further = _further(place, cause)
+    further = _further(place, cause) if cause.edit else ()
     also = f"; once that is corrected, {', '.join(further)} still differ" if further else ""
     why = f"{fix} ({label}: the outputs part there{nearly}{also})"
     return Divergence(module, theirs, residual, why, cause.cause, file, line, fix, further)

@@ -122,13 +122,13 @@ def test_tensors_that_the_run_does_not_reach(bert: nn.Module) -> None:
 
 # -- near misses ------------------------------------------------------------------------------------------------------
 MISSES = {
-    "eps": ({"eps": 1e-5}, "norm", "eps", "norm: eps is 1e-05, the source has 1e-12"),
-    "tanh": ({"gelu": "tanh"}, "blocks.0.ffn.1", "gelu", 'approximate="tanh", the source has "none"'),
-    "residual": ({"order": "no residual"}, "blocks.0", "", "what its forward gives to blocks.0.norm1"),
-    "pre-norm": ({"order": "pre"}, "blocks.0", "", "what its forward gives to blocks.0.norm1"),
-    "heads": ({"heads": 2}, "blocks.0.mix", "", "its forward computes something"),
-    "mask": ({"masked": False}, "blocks.0.mix", "", "its forward computes something"),
-    "scale": ({"scaled": False}, "blocks.0.mix", "", "its forward computes something"),
+    "eps": ({"eps": 1e-5}, "norm", "eps", "): eps is 1e-05, the source has 1e-12"),
+    "tanh": ({"gelu": "tanh"}, "blocks.0.ffn.1", "gelu", "its activation is GELU (tanh), the source has GELU (erf)"),
+    "residual": ({"order": "no residual"}, "blocks.0", "missing residual", "the residual is missing"),
+    "pre-norm": ({"order": "pre"}, "blocks.0", "pre/post norm", "its norm stands at another place"),
+    "heads": ({"heads": 2}, "blocks.0.mix", "number of heads", "heads is 2, the source has 4 heads"),
+    "mask": ({"masked": False}, "blocks.0.mix", "mask", "the mask is missing"),
+    "scale": ({"scaled": False}, "blocks.0.mix", "scale", "its attention scores are 2.82843 (sqrt(8)) times"),
 }
 
 
@@ -143,6 +143,8 @@ def test_a_near_miss_is_refuted_where_it_is(bert: nn.Module, miss: str, surface:
     assert proof.divergence.cause == cause
     assert why in proof.divergence.why
     assert proof.divergence.why in proof.message
+    assert proof.divergence.file.endswith("pairs.py")
+    assert proof.divergence.fix in proof.divergence.why
 
 
 def test_the_second_of_two_layers(bert: nn.Module) -> None:
