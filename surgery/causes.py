@@ -424,23 +424,14 @@ def _batch_statistics(place: Place, index: int) -> Iterator[Found]:
     run = place.pair.ours
     node = run.tape.nodes[index]
     x = run.held(node.inputs[0])
-    mean, var, eps = node.args[3], node.args[4], node.args[7]
-    named = {
-        v.name.rpartition(".")[2]: i
-        for i, v in enumerate(run.tape.values)
-        if v.name and v.name.rpartition(".")[0] == node.module
-    }
-    mean_vid = mean.vid if isinstance(mean, Ref) else named.get("running_mean")
-    var_vid = var.vid if isinstance(var, Ref) else named.get("running_var")
-    if mean_vid is None or var_vid is None:
-        return
+    named = {v.name: i for i, v in enumerate(run.tape.values) if v.name.startswith(node.module)}
     view = [1, -1] + [1] * (x.ndim - 2)
-    m, s = (_first_held(place, v).reshape(view) for v in (mean_vid, var_vid))
-    edit = Edit(leaves={node.outs[0]: (x - m) / torch.sqrt(s + eps)})
-    if place.ok(edit):
-        yield Found("statistics", _STATISTICS, edit, index)
-
-
-def _first_held(place: Place, vid: int) -> Tensor:
-    """A buffer as it was before the run wrote into it."""
-    return place.pair.ours.held(vid)
+    for name, mean in named.items():
+        var = named.get(name.replace("running_mean", "running_var"))
+        if not name.endswith("running_mean") or var is None or run.held(mean).numel() != x.shape[1]:
+            continue
+        m, s = (run.held(v).reshape(view) for v in (mean, var))
+        edit = Edit(leaves={node.outs[0]: (x - m) / torch.sqrt(s + node.args[7])})
+        if place.ok(edit):
+            yield Found("statistics", _STATISTICS, edit, index, name.rpartition(".")[0])
+            return

@@ -99,7 +99,8 @@ class Run:
 
     def before(self, vids: Iterable[int], limit: int, *, data: bool | None = None) -> list[int]:
         """The nodes that these values are made by, nearest first. `data`: only those that do (not) depend on inputs."""
-        todo, seen, found = sorted(vids, reverse=True), set(vids), []
+        found: list[int] = []
+        todo, seen = sorted(vids, reverse=True), set(vids)
         while todo and len(found) < limit:
             vid = todo.pop(0)
             value = self.tape.values[vid]
@@ -116,7 +117,8 @@ class Run:
 
     def after(self, vids: Iterable[int], limit: int) -> list[int]:
         """The nodes that consume these values, and what consumes theirs, first ones first."""
-        todo, found = set(vids), set()
+        todo = set(vids)
+        found: set[int] = set()
         nodes: set[int] = {c for v in todo for c in self.tape.consumers[v]}
         while nodes and len(found) < limit:
             first = min(nodes)
@@ -467,6 +469,13 @@ class Place:
             shared.append(x)
         both, given = ".".join(shared), self.giver(vid)
         return both if len(both) > len(given) and both.startswith(given) and both not in self.leaves else given
+
+    @staticmethod
+    def normalises(run: Run, node: Node) -> bool:
+        """Does a node normalise, or scale by what stored statistics give?"""
+        free = [v for v in node.inputs if not run.tape.values[v].data]
+        made = [op_name(run.tape.nodes[n]) for n in run.before(free, 12, data=False)]
+        return op_name(node) in NORMS or any(n in ("sqrt", "rsqrt", "reciprocal") for n in (*made, op_name(node)))
 
     def named_like(self, value: Tensor) -> str:
         """Our parameter that holds these values, or an empty text."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.mapper.record import Node, Ref
-from surgery.pairing import NORMS, Edit, Found, Place, Untold, call, op_name
+from surgery.pairing import Edit, Found, Place, Untold, call, op_name
 
 ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
 
@@ -29,7 +29,7 @@ def added(place: Place) -> Iterator[Found]:
         while t is not None and len(chain) < 5:
             node = other.tape.nodes[t]
             try:
-                out = call(node, lambda v, made=made: made[v] if v in made else _as_ours(place, v, back))
+                out = call(node, _values(place, made, back))
             except (Untold, RuntimeError, ValueError, IndexError, TypeError):
                 break
             for o, y in zip(node.outs, out, strict=True):
@@ -40,6 +40,10 @@ def added(place: Place) -> Iterator[Found]:
                 yield from _inserted(place, made[node.outs[0]], chain)
             after = [c for o in node.outs if o >= 0 for c in other.tape.consumers[o] if c in place.theirs_after]
             t = min(after, default=None)
+
+
+def _values(place: Place, made: dict[int, Tensor], back: dict[int, int]) -> Callable[[int], Tensor]:
+    return lambda vid: made[vid] if vid in made else _as_ours(place, vid, back)
 
 
 def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
@@ -82,10 +86,7 @@ def _other_input(node: Node, vid: int, z: Tensor) -> Callable[[tuple[Any, ...], 
 
 def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     other = place.pair.theirs
-    names = [op_name(n) for n in chain]
-    norm = next((n for n in names if n in NORMS), None)
-    root = any(n in ("rsqrt", "sqrt", "reciprocal") for n in names)
-    if norm or (root and any(n in ("pow", "var", "sum", "var_mean") for n in names)):
+    if any(place.normalises(other, n) for n in chain):
         return "pre/post norm", "the source normalises this value first: its norm stands at another place"
     node = chain[-1]
     weights = [v for v in node.inputs if other.tape.values[v].weights and not other.tape.values[v].data]
@@ -180,7 +181,7 @@ def dropped(place: Place) -> Iterator[Found]:
 def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
     names = [op_name(n) for n in chain]
     index = place.first
-    if any(n in NORMS for n in names) or any(n in ("sqrt", "rsqrt", "reciprocal") for n in names):
+    if any(place.normalises(place.pair.ours, n) for n in chain):
         said = "it normalises this value, the source does not: its norm stands at another place"
         module = place.giver(place.pair.ours.data_inputs(place.first)[0])
         return Found("pre/post norm", said, edit, index, module)

@@ -64,15 +64,19 @@ def far(place: Place, stores: Stores) -> Iterator[Found]:
                 yield Found("swapped tensors", said, trial, place.first, min(mine, other))
                 return
     for vid in several[:6]:
-        value = _held(run, vid)
-        for said, right in _blocks(value) if value is not None else ():
-            edit = Edit(leaves={vid: right})
-            if place.ok(edit):
-                whole = any(_equal(t, value) for p in stores.theirs.values() for t in _laid(p, value))
-                cause, words = relation(value, right, stores, _name(run, vid), "")
-                if whole:
+        now = _held(run, vid)
+        if now is None:
+            continue
+        added = run.tape.params.get(f"{_owner(run, vid)}.bias", vid)
+        shift = _held(run, added) if added != vid else None
+        shifts = dict(_blocks(shift)) if shift is not None else {}
+        for said, blocks in _blocks(now):
+            trial = Edit(leaves={vid: blocks, **({added: shifts[said]} if said in shifts else {})})
+            if place.ok(trial) or place.ok(Edit(leaves={vid: blocks})):
+                cause, words = relation(now, blocks, stores, _name(run, vid), "")
+                if any(_equal(t, now) for p in stores.theirs.values() for t in _laid(p, now)):
                     cause, words = "block order", f"what takes it reads it otherwise: {said}"
-                yield Found(cause, f"{_name(run, vid)}: {words}", edit, place.first, _owner(run, vid))
+                yield Found(cause, f"{_name(run, vid)}: {words}", trial, place.first, _owner(run, vid))
                 return
     for vid in several[:6]:  # rows in another order make the same values in other places: seen only further on
         yield from _one(place, stores, vid, _theirs_near(place), most=24, soon=False)
@@ -275,7 +279,10 @@ def _permuted(a: Tensor, b: Tensor) -> bool:
 def _of_another(now: Tensor, right: Tensor, stores: Stores, name: str, of: str) -> tuple[str, str] | None:
     """It is another of the source's tensors, or part of it is."""
     tied = next((n for n, t in stores.ours.items() if n != name and t.shape == right.shape and _equal(t, right)), "")
-    standing = next((n for n, t in stores.theirs.items() if n != of and any(_equal(x, now) for x in _laid(t, now))), "")
+    standing = next((n for n, t in stores.theirs.items() if n != of and _holds(t, now)), "")
+    whole = stores.theirs.get(of)
+    if not standing and whole is not None and whole.numel() > now.numel() and _holds(whole, now):
+        return "swapped query and key", f"it holds another part of the source's {of}"
     if standing:
         if tied and not _tied_there(stores, of):
             where = "query and key are swapped" if _query_key(of, standing) else f"swapped with {tied}"
