@@ -5,7 +5,7 @@ python benchmarks/mutations.py --sample 60          # some of the defects, of ev
 python benchmarks/mutations.py --no-correct         # the defects alone
 python benchmarks/mutations.py --no-defects         # the correct grafts alone
 
-Prints the tables of docs/proof.md; needs what the extras `all` and `dev` bring, and takes what `matrix` brings.
+Ctrl-C stops and prints what was measured until then. Prints the tables of docs/proof.md; needs what the extras `all` and `dev` bring, and takes what `matrix` brings.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def defects(only: str, sample: int, seed: int, verbose: bool) -> None:
         except (surgery.SurgeryError, RuntimeError) as error:
             print(f"NOT JUDGED {defect.name}: {error}", flush=True)
             continue
+        except KeyboardInterrupt:
+            print("interrupted: what was judged until then")
+            break
         if verbose or str(outcomes[-1]).startswith("BAD"):
             print(outcomes[-1], flush=True)
     print("\n| kind of defect | defects | change the function | refuted | located | cause | 1e-3 | 1e-4 | 1e-5 |")
@@ -106,15 +109,18 @@ def pairs(only: str) -> Iterator[tuple[str, surgery.Proof]]:
 
 def correct(only: str) -> None:
     run = failed = skipped = grafts = 0
-    for name, proof in pairs(only):
-        grafts += 1
-        for p in proof.passes:
-            if p.name in PASSES:
-                run += p.status != "not run"
-                skipped += p.status == "not run"
-                if p.status == "failed":
-                    failed += 1
-                    print(f"REFUTED {name}: {p}", flush=True)
+    try:
+        for name, proof in pairs(only):
+            grafts += 1
+            for p in proof.passes:
+                if p.name in PASSES:
+                    run += p.status != "not run"
+                    skipped += p.status == "not run"
+                    if p.status == "failed":
+                        failed += 1
+                        print(f"REFUTED {name}: {p}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what was proven until then")
     print(f"\ncorrect grafts: {grafts}, passes run {run}, refuted {share(failed, run)}, not run {skipped}")
 
 

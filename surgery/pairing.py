@@ -468,7 +468,8 @@ class Place:
                 break
             shared.append(x)
         both, given = ".".join(shared), self.giver(vid)
-        return both if len(both) > len(given) and both.startswith(given) and both not in self.leaves else given
+        found = both if len(both) > len(given) and both.startswith(given) else given
+        return found.rpartition(".")[0] if found in self.leaves else found
 
     @staticmethod
     def normalises(run: Run, node: Node) -> bool:
