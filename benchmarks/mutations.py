@@ -5,7 +5,8 @@ python benchmarks/mutations.py --sample 60          # some of the defects, of ev
 python benchmarks/mutations.py --no-correct         # the defects alone
 python benchmarks/mutations.py --no-defects         # the correct grafts alone
 
-Ctrl-C stops and prints what was measured until then. Prints the tables of docs/proof.md; needs what the extras `all` and `dev` bring, and takes what `matrix` brings.
+Ctrl-C stops and prints what was measured until then. These are the tables of docs/proof.md. Needs what the extras `all`
+and `dev` bring, and takes what `matrix` brings.
 """
 
 from __future__ import annotations
