@@ -115,11 +115,14 @@ def correct(only: str) -> None:
             grafts += 1
             for p in proof.passes:
                 if p.name in PASSES:
-                    run += p.status != "not run"
-                    skipped += p.status == "not run"
-                    if p.status == "failed":
+                    ran = p.status == "passed" or p.differs
+                    run += ran
+                    skipped += not ran
+                    if p.differs:
                         failed += 1
                         print(f"REFUTED {name}: {p}", flush=True)
+                    elif not ran:
+                        print(f"COULD NOT RUN {name}: {p.name}: {p.why}", flush=True)
     except KeyboardInterrupt:
         print("interrupted: what was proven until then")
     print(f"\ncorrect grafts: {grafts}, passes run {run}, refuted {share(failed, run)}, not run {skipped}")

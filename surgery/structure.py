@@ -190,6 +190,9 @@ def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
     weights = [v for v in node.inputs if run.tape.values[v].weights and not run.tape.values[v].data]
     if names[-1] == "add" and weights:
         return Found("extra bias", "it adds a bias that the source does not add", edit, index)
+    numbers = [a for a in node.args[1:] if isinstance(a, (int, float))]
+    if names[-1] in ("add", "sub") and numbers:
+        return Found("constant", f"it adds {numbers[0]:g}, the source does not", edit, index)
     if names[-1] in ("add", "sub"):
         return Found("extra residual", "it adds what the source does not", edit, index)
     if names[-1] in ("mul", "div"):

@@ -135,7 +135,7 @@ def slips() -> list[Slip]:
         Slip("efficientnet blocks", "padding mode", {"pad": "reflect"}, (f"{B}.deep",), ("padding mode",)),
         Slip("efficientnet blocks", "residual missing", {"skip": False}, (B, ""), ("missing residual",)),
         Slip("lstm", "activation", {"candidate": torch.sigmoid}, top, ("activation",)),
-        Slip("lstm", "constant added", {"forget_bias": 1.0}, top, ("extra bias", "extra add")),
+        Slip("lstm", "constant added", {"forget_bias": 1.0}, top, ("constant",)),
         Slip("wav2vec2 positions", "position offset", {"trim": "start"}, top, ("position offset", "constant")),
         Slip("wav2vec2 positions", "GELU variant", {"act": tanh_gelu}, top, ("gelu",)),
     ]  # fmt: skip
