@@ -5,7 +5,7 @@ canon, products    operators in one spelling
 kinds, affine, terms, grid    values as sums of terms linear in the weights
 parts, taps, taken    values, kernels and tables in pieces
 coefficients, factors, tables    constants that weights must take, and weights that are products
-rows, align, unify, weighed, repeated, merged, spread    one sum over another
+rows, align, beside, unify, weighed, repeated, merged, spread    one sum over another
 meeting    where and how a sum of the target meets the reference's
 bound, invert    what is settled of a tensor; weights computed from weights
 reference, hypothesis, repeat, search    the walk over the target's tape

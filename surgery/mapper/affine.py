@@ -26,7 +26,7 @@ from surgery import twin
 from surgery.mapper.grid import Grid
 from surgery.mapper.kinds import PARTS, REARRANGED, VIEWS, Kinds, base
 from surgery.mapper.record import Node, Ref, Tape
-from surgery.mapper.terms import Site, Term, Virtual, informative
+from surgery.mapper.terms import Site, Term, Virtual, compact, informative
 
 aten = torch.ops.aten
 
@@ -147,6 +147,26 @@ class Affine(Kinds, ABC):
         """(first number, name) of the tensor that holds an element; name is "" for a virtual one."""
         found = self.holder(number)
         return (found[0], found[2]) if found is not None else (0, "")
+
+    def made_of(self, term: Term) -> frozenset[str]:
+        """The tensors that the weights of a term are, or are computed from; none where they are many or no tensor's."""
+        ids = compact(term.ids) if term.ids is not None else torch.zeros(0)
+        ids = ids[ids > 0]
+        lo, hi = (term.site.w.lo, term.site.w.hi) if term.site is not None else (0, 0)
+        lo, hi = (int(ids.min()), int(ids.max())) if ids.numel() else (lo, hi)
+        held = self.holder(lo)
+        if held is not None:
+            return frozenset({held[2]}) if hi < held[0] + held[1] else frozenset()
+        queue = [u.vid for u in self.virtual.values() if u.offset <= lo and hi < u.offset + u.size]
+        names, seen = set(), set(queue)
+        while queue:
+            v = self.tape.values[queue.pop()]
+            if v.origin == "param":
+                names.add(v.name)
+            elif v.origin == "node":
+                queue += [i for i in self.tape.nodes[v.node].inputs if i not in seen]
+                seen.update(self.tape.nodes[v.node].inputs)
+        return frozenset(names)
 
     def spans(self) -> list[int]:
         """Where numbered tensors begin, virtual ones too."""

@@ -94,14 +94,16 @@ def align_values(a: Tensor, b: Tensor) -> Iterator[Tensor]:
         if bool(((fa - fb[order]).abs() <= 1e-8 * scale).all()):
             yield order
             return
-    if a.ndim and b.ndim and a.shape[-1] == b.shape[-1] and a.numel() < b.numel():  # some of the rows
+    if a.ndim and b.ndim and a.shape[-1] == b.shape[-1] and a.numel() <= b.numel():  # some of the rows, or all of them
         rows = match_rows(
             a.reshape(-1, a.shape[-1]), torch.arange(a.numel() // a.shape[-1]), b.reshape(-1, b.shape[-1])
         )
         if rows is not None and rows.columns is None:
             k = a.shape[-1]
-            yield (rows.rows.unsqueeze(1) * k + torch.arange(k)).reshape(-1)
-            return
+            e = (rows.rows.unsqueeze(1) * k + torch.arange(k)).reshape(-1)
+            if bool(((fa - fb[e.clamp_min(0)]).abs() <= 1e-8 * scale)[e >= 0].all()):
+                yield e
+                return
     if fa.numel() == fb.numel() and fa.numel() <= 1 << 22:
         oa, ob = torch.argsort(fa, stable=True), torch.argsort(fb, stable=True)
         if bool(((fa[oa] - fb[ob]).abs() <= 1e-8 * scale).all()):

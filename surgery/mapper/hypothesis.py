@@ -522,8 +522,9 @@ class Hypothesis(Affine):
         return bool((ids == sources).all()) and not any(bool(m.any()) for m in more)
 
     # -- evidence -----------------------------------------------------------------------------------------------------
-    def look(self, vid: int) -> bool | None:
-        """Does this value occur in the reference? None where it could tell nothing."""
+    def look(self, vid: int, like: int = -1) -> bool | None:
+        """Does this value occur in the reference, or are its rows among those of `like` there? None where it could tell
+        nothing."""
         if vid in self.tainted:
             return False
         v = self.tape.values[vid]
@@ -537,7 +538,7 @@ class Hypothesis(Affine):
         if found:
             self.where[vid] = found[0]
             self.hits += 1
-        elif self.reference.slices(t.numel()).find(f):
+        elif self.reference.slices(t.numel()).find(f) or (like >= 0 and self.reference.holds_rows(like, t)):
             self.hits += 1
             return True
         else:

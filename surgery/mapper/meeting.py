@@ -166,7 +166,7 @@ class Meeting:
                     if part is not None:
                         theirs, size_r = part.of(theirs), part.shape(size_r)
                     size = math.prod(size_r)
-                    for m in unify(terms, shape, theirs, size_r, exact=exact):
+                    for m in unify(terms, shape, theirs, size_r, exact=exact, made_of=(h.made_of, ref.made_of)):
                         m.like = y
                         self._scale(m)
                         key = _key(m)
@@ -175,8 +175,8 @@ class Meeting:
                             m.inner = part is None and not (ref.is_end(y) or y in ends)
                             best.append((m, self._score(h, m) - m.penalty - (0.0 if size == n else 0.5), start))
                 found += best
-                if any(b[0].missing == 0 for b in best):
-                    break
+                if any(b[0].missing == 0 and not (b[0].inner and b[0].zeros) for b in best):
+                    break  # an addend of a larger sum that leaves weights over: they may belong to that sum
         if any(f[0].missing == 0 for f in found):
             found = [f for f in found if f[0].missing == 0] + [f for f in found if f[0].missing]
         found.sort(key=lambda f: (f[0].missing, -f[1]))

@@ -233,16 +233,19 @@ class Reference(Affine):
 
     def _among_rows(self, value: Tensor) -> bool:
         """Is it some of the rows of a table that was looked up?"""
-        if value.ndim < 2:
+        return any(self.holds_rows(vid, value) for vid in self.pure)
+
+    def holds_rows(self, vid: int, value: Tensor) -> bool:
+        """Are the rows of a value some of those of a larger one?"""
+        shape = self.tape.values[vid].shape
+        if value.ndim < 2 or len(shape) < 2 or shape[-1] != value.shape[-1] or math.prod(shape) <= value.numel():
             return False
+        t = self.known(vid)
         rows = value.reshape(-1, value.shape[-1])
-        for vid in self.pure:
-            t = self.known(vid)
-            if t is None or t.ndim < 2 or t.shape[-1] != rows.shape[1] or t.numel() <= rows.numel():
-                continue
-            if match_rows(rows, torch.arange(len(rows)), t.reshape(-1, t.shape[-1]), part=False) is not None:
-                return True
-        return False
+        return (
+            t is not None
+            and match_rows(rows, torch.arange(len(rows)), t.reshape(-1, t.shape[-1]), part=False) is not None
+        )
 
     def values_of(self, numbers: Tensor) -> Tensor:
         """The values of weight elements, in float64; 0 where the number is 0."""

@@ -393,7 +393,7 @@ class Search:
                 self._remember(g, match, of, node)
                 if match.folds >= 0:
                     g.folded.add(vid)
-                g.last = [g.look(vid) if vid not in g.folded else None]
+                g.last = [g.look(vid, match.like) if vid not in g.folded else None]
                 out.append((g, match))
         return out
 

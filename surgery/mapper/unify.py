@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.mapper.align import align_products, align_values, flat, function, orders
+from surgery.mapper.beside import Beside, MadeOf
 from surgery.mapper.grid import Grid
 from surgery.mapper.record import HUGE, fingerprint, same
 from surgery.mapper.rows import Rows, match_sites
@@ -96,9 +97,11 @@ def unify(
     shape_r: tuple[int, ...],
     *,
     exact: bool = False,
+    made_of: tuple[MadeOf, MadeOf] | None = None,
 ) -> list[Match]:
     """All the ways in which the target's sum can be made equal to the reference's, up to a constant factor (`gain`),
-    by the source's own values. `exact`: equal without such a factor; where constants differ, the weights take them."""
+    by the source's own values. `exact`: equal without such a factor; where constants differ, the weights take them.
+    `made_of`: which tensors the weights of a term of either side are computed from."""
     target, source = _merged(target), _merged(source)
     tp, rp = [t for t in target if live(t)], [t for t in source if live(t)]
     ts, rs = [t for t in target if t.kind == "scale"], [t for t in source if t.kind == "scale"]
@@ -108,10 +111,10 @@ def unify(
     out: list[Match] = []
     if tp:
         for pairing in _pairings(tp, rp, exact):
-            out += _by_products(pairing, target, shape_t, source, shape_r, exact)
+            out += _by_products(pairing, target, shape_t, source, shape_r, exact, made_of)
     elif ts:
         for perm in _scales_in_order(ts, rs):
-            out += _by_values(list(zip(ts, perm, strict=True)), target, source, exact)
+            out += _by_values(list(zip(ts, perm, strict=True)), target, source, exact, made_of)
             if out:
                 break
     else:
@@ -203,8 +206,10 @@ def _by_products(
     source: list[Term],
     shape_r: tuple[int, ...],
     exact: bool,
-) -> Iterator[Match] | list[Match]:
+    made_of: tuple[MadeOf, MadeOf] | None,
+) -> list[Match]:
     lead_t, lead_r, rows = pairs[0]
+    paired = [(t, r) for t, r, _ in pairs]
     out = []
     for e, ct, cr, penalty in align_products(lead_t, lead_r, rows, shape_t, shape_r):
         assignments = _weights(lead_t, lead_r, rows, ct, cr, exact)
@@ -229,8 +234,10 @@ def _by_products(
             assignments += extra
         scaled = _scales(e, target, source, lead_t.coef / lead_r.coef, exact) if ok else None
         if scaled is not None and assignments is not None:
-            assignments += scaled
-            m = _rest(e, target, source, lead_t.coef, lead_r.coef, exact)
+            made, more_pairs = scaled
+            assignments += made
+            beside = Beside(target, source, paired + more_pairs, made_of)
+            m = _rest(e, beside, lead_t.coef, lead_r.coef, exact)
             if m is not None:
                 m.assignments = assignments + m.assignments
                 m.penalty += penalty
@@ -277,11 +284,15 @@ def _all(columns: Tensor, n: int) -> bool:
     return len(columns) == n and bool((columns == torch.arange(n)).all())
 
 
-def _scales(e: Tensor, target: list[Term], source: list[Term], gain: float, exact: bool) -> list[Assignment] | None:
+def _scales(
+    e: Tensor, target: list[Term], source: list[Term], gain: float, exact: bool
+) -> tuple[list[Assignment], list[tuple[Term, Term]]] | None:
     """The scaled values of the target beside a product, each with one of the reference's whose known factor is the
-    same under e; None where one has none, or where one of the reference's is left and the target adds nothing known."""
+    same under e, and the pairs; None where one has none, or where one of the reference's is left and the target adds
+    nothing known."""
     free = [r for r in source if r.kind == "scale" and r.value is not None]
-    out = []
+    out: list[Assignment] = []
+    pairs: list[tuple[Term, Term]] = []
     for t in target:
         if t.kind != "scale":
             continue
@@ -290,12 +301,13 @@ def _scales(e: Tensor, target: list[Term], source: list[Term], gain: float, exac
             if alike and (made := _scale(e, t, r)) is not None:
                 made.factors = [r.coef / t.coef] if exact else []
                 out.append(made)
+                pairs.append((t, r))
                 free = [f for f in free if f is not r]
                 break
         else:
             return None
     known = any(t.kind == "known" and t.value is not None and informative(t.value) for t in target)
-    return None if free and not known else out
+    return None if free and not known else (out, pairs)
 
 
 def _scale(e: Tensor, t: Term, r: Term) -> Assignment | None:
@@ -311,7 +323,11 @@ def _scale(e: Tensor, t: Term, r: Term) -> Assignment | None:
 
 
 def _by_values(
-    pairs: list[tuple[Term, Term]], target: list[Term], source: list[Term], exact: bool = False
+    pairs: list[tuple[Term, Term]],
+    target: list[Term],
+    source: list[Term],
+    exact: bool,
+    made_of: tuple[MadeOf, MadeOf] | None,
 ) -> list[Match]:
     """Scaled values: the same known factor on both sides."""
     lead_t, lead_r = pairs[0]
@@ -336,7 +352,7 @@ def _by_values(
             if exact:
                 assignments[-1].factors = [r.coef / t.coef]
         else:
-            m = _rest(e, target, source, lead_t.coef, lead_r.coef, exact)
+            m = _rest(e, Beside(target, source, pairs, made_of), lead_t.coef, lead_r.coef, exact)
             if m is not None:
                 m.assignments = assignments + m.assignments
                 out.append(m)
@@ -382,18 +398,18 @@ def _by_known(
                 e = torch.where(masked, -1, e)
             if theirs is not None:
                 e = torch.where((e >= 0) & ~theirs[e.clamp_min(0)], e, -1)
-            m = _rest(e, target, source, ct, cr, exact)
+            m = _rest(e, Beside(target, source), ct, cr, exact)
             if m is not None:
                 out.append(m)
     elif (a is None or not bool((a != 0).any())) and (b is None or not bool((b != 0).any())):
         lead_t = next((t.coef for t in target if t.kind == "weight"), 1.0)
         lead_r = next((t.coef for t in source if t.kind == "weight"), 1.0)
         by_row = _looked_up(target, source)
-        if by_row is not None and (m := _rest(by_row, target, source, lead_t, lead_r, exact)) is not None:
+        if by_row is not None and (m := _rest(by_row, Beside(target, source), lead_t, lead_r, exact)) is not None:
             m.penalty -= 1.0
             out.append(m)
         for k, e in enumerate(orders(shape_t, shape_r)):
-            m = _rest(e, target, source, lead_t, lead_r, exact)
+            m = _rest(e, Beside(target, source), lead_t, lead_r, exact)
             if m is not None:
                 m.penalty += k
                 out.append(m)
@@ -415,10 +431,10 @@ def _looked_up(target: list[Term], source: list[Term]) -> Tensor | None:
     return e if bool(((e >= 0) | (mine == 0)).all()) else None
 
 
-def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: float, exact: bool) -> Match | None:
+def _rest(e: Tensor, beside: Beside, ct: float, cr: float, exact: bool) -> Match | None:
     """Assign the weights that stand alone in the sums (biases, table rows, tokens), element by element under e."""
-    us = [t for t in target if t.kind == "weight"]
-    vs = [t for t in source if t.kind == "weight"]
+    us = [t for t in beside.target if t.kind == "weight"]
+    vs = [t for t in beside.source if t.kind == "weight"]
     if exact:
         ct = cr = 1.0
     m = Match([], gain=ct / cr)
@@ -432,13 +448,15 @@ def _rest(e: Tensor, target: list[Term], source: list[Term], ct: float, cr: floa
     code = torch.zeros(int(here.sum()), dtype=torch.int64)
     for k, x in enumerate(iu + iv):
         code |= (x > 0).to(torch.int64) << k
+    many = len(us) > 1 and len(vs) > 1
+    kin = {(i, j): (beside.shared(u, v), beside.near(u, v)) for i, u in enumerate(us) for j, v in enumerate(vs) if many}
     for pattern in torch.nonzero(torch.bincount(code)).flatten().tolist():
         if pattern == 0:
             continue
         at = code == pattern
         mine = [k for k in range(len(us)) if pattern >> k & 1]
         theirs = [k for k in range(len(vs)) if pattern >> (len(us) + k) & 1]
-        if not _region(at, mine, theirs, iu, iv, signs_u, signs_v, m, exact):
+        if not _region(at, mine, theirs, iu, iv, signs_u, signs_v, kin, m, exact):
             return None
     return m
 
@@ -451,6 +469,7 @@ def _region(
     iv: list[Tensor],
     su: list[float],
     sv: list[float],
+    kin: dict[tuple[int, int], tuple[int, bool]],
     m: Match,
     exact: bool,
 ) -> bool:
@@ -465,9 +484,13 @@ def _region(
     }
     taken: dict[int, list[int]] = {i: [] for i in mine}
     left = set(theirs)
-    both = {(i, j): _likeness(f) for (i, j), f in forward.items() if len(torch.unique(f[1])) == len(f[1])}  # one to one
+    both = {
+        p: (kin.get(p, (0, False))[0], _likeness(f))
+        for p, f in forward.items()
+        if len(torch.unique(f[1])) == len(f[1])  # one to one
+    }
     while both:  # the likeliest pair first
-        (i, j) = max(both, key=lambda p: (both[p], -p[0], -p[1]))
+        (i, j) = max(both, key=lambda p: (*both[p], kin.get(p, (0, False))[1], -p[0], -p[1]))
         rivals = [p for p in both if p != (i, j) and both[p] == both[(i, j)] and (p[0] == i or p[1] == j)]
         if rivals and len(mine) > 1 and len(theirs) > 1:
             m.swapped = True

@@ -164,11 +164,6 @@ def test_both_towers_compute_what_the_library_does(made: Tiny, tmp_path: Path) -
                 torch.testing.assert_close(got, encode(x[key]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=surgery.GraftError,
-    reason="refused though right: the mapper does not find the positions of attention over a mean and a map",
-)
 def test_into_a_tower_of_ones_own(made: Tiny, tmp_path: Path) -> None:
     made.at(tmp_path)
     report = zoo.graft(
