@@ -1,6 +1,6 @@
 """The mapper: from a checkpoint and a target to a plan, by names, shapes and what running shows.
 
-record     what a run shows: a tape of operators
+record, masks    what a run shows: a tape of operators; scores that are masked
 canon, products    operators in one spelling
 kinds, affine, terms, grid    values as sums of terms linear in the weights
 parts, taps, taken    values, kernels and tables in pieces

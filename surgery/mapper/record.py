@@ -26,10 +26,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery import twin
 from surgery.mapper.canon import CANON
+from surgery.mapper.masks import HUGE as HUGE
+from surgery.mapper.masks import masked
 
 aten = torch.ops.aten
 NEAR = 1e-2  # relative; fingerprints further apart are of values that have nothing to do with each other
-HUGE = 5e3  # masked scores: -inf, the dtype's minimum and -1e9 stand for the same thing
 Fingerprint = tuple[float, float, float, float]
 
 
@@ -94,8 +95,8 @@ def fingerprint(t: Tensor) -> Fingerprint | None:
     x = x.reshape(-1)
     low, high = torch.aminmax(x)
     top = max(-float(low), float(high))
-    if not top < HUGE:  # masked, or not a number
-        x = torch.where(x.abs() < HUGE, x, 0.0)
+    if not top < HUGE:  # masked, not a number, or large
+        x = torch.where(masked(x), 0.0, x)
         low, high = torch.aminmax(x)
         top = max(-float(low), float(high))
     a = twin.scratch(x.numel()) if x.dtype == torch.float64 and x.device.type == "cpu" else None

@@ -19,7 +19,8 @@ from torch import Tensor
 from surgery.mapper.align import align_products, align_values, flat, function, orders
 from surgery.mapper.beside import Beside, MadeOf
 from surgery.mapper.grid import Grid
-from surgery.mapper.record import HUGE, fingerprint, same
+from surgery.mapper.masks import masked
+from surgery.mapper.record import fingerprint, same
 from surgery.mapper.rows import Rows, match_sites
 from surgery.mapper.terms import Site, Term, compact, informative
 
@@ -366,17 +367,17 @@ def _total(terms: list[Term], kind: str, shape: tuple[int, ...]) -> Tensor | Non
             if t.value is None:
                 return None
             v = t.coef * t.value.expand(shape)
-            v = torch.where(v.abs() < HUGE, v, 0.0)  # masks: any large number does
+            v = torch.where(masked(v), 0.0, v)  # any large number does
             total = v if total is None else total + v
     return total
 
 
 def _masked(terms: list[Term], shape: tuple[int, ...]) -> Tensor | None:
-    """Elements to which a huge number is added (masked scores): whatever else stands there tells nothing."""
+    """Elements from which a huge number is taken (masked scores): whatever else stands there tells nothing."""
     out: Tensor | None = None
     for t in terms:
-        if t.kind == "known" and t.value is not None and bool((t.value.abs() >= HUGE).any()):
-            here = (t.value.abs() >= HUGE).expand(shape).reshape(-1)
+        if t.kind == "known" and t.value is not None and bool((here := masked(t.coef * t.value)).any()):
+            here = here.expand(shape).reshape(-1)
             out = here if out is None else out | here
     return out
 
@@ -389,13 +390,13 @@ def _by_known(
     if a is not None and b is not None and bool((a != 0).any()):
         ct = next((t.coef for t in target if t.kind == "known"), 1.0)
         cr = next((t.coef for t in source if t.kind == "known"), 1.0)
-        masked, theirs = _masked(target, shape_t), _masked(source, shape_r)
+        hidden, theirs = _masked(target, shape_t), _masked(source, shape_r)
         found = [(e, 1.0, 1.0) for e in align_values(a, b)]
         if not found and (ct, cr) != (1.0, 1.0) and not exact:
             found = [(e, ct, cr) for e in align_values(a / ct, b / cr)]
         for e, ct, cr in found:
-            if masked is not None:
-                e = torch.where(masked, -1, e)
+            if hidden is not None:
+                e = torch.where(hidden, -1, e)
             if theirs is not None:
                 e = torch.where((e >= 0) & ~theirs[e.clamp_min(0)], e, -1)
             m = _rest(e, Beside(target, source), ct, cr, exact)
