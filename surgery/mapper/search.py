@@ -409,15 +409,26 @@ class Search:
 
     def _joined(self, h: Hypothesis, vid: int) -> list[int]:
         """The values that a concatenation joins, before they were moved into their places; or the one that something
-        is a part of."""
+        is a part of; or the addends of a sum, where several are open."""
         value = h.tape.values[vid]
         node = h.tape.nodes[value.node] if value.origin == "node" else None
+        if node is not None and h.kind(node) == "sum" and (addends := self._addends(h, node)):
+            return [p for i in addends for p in self._joined(h, i)]
         if node is None or h.kind(node) != "layout":
             return [vid]
         moved = [i for i in node.inputs if h.tape.values[i].dtype.is_floating_point]
         if value.data and all(h.weight_only(i) for i in moved):  # rows that were looked up
             return [vid]
         return [p for i in dict.fromkeys(moved) for p in self._joined(h, i)]
+
+    def _addends(self, h: Hypothesis, node: Node) -> list[int]:
+        """What a sum adds, where weights stand in more than one addend and none is made of weights alone; and what a
+        multiple is a multiple of."""
+        inputs = [i for i in dict.fromkeys(node.inputs) if h.tape.values[i].dtype.is_floating_point]
+        opened = [i for i in inputs if h.tape.values[i].weights and h.tape.values[i].data and h.known(i) is None]
+        if any(h.weight_only(i) for i in inputs) or len(opened) != len(inputs):
+            return []
+        return opened if len(opened) > 1 or base(node.op) in ("mul", "div", "neg", "sum") else []
 
     def _constants(self, h: Hypothesis, vid: int) -> bool:
         """Buffers that only a comparison, a cast or an index reads (masks) are constants of the target."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import surgery
 from tests.surgery.test_norms import SPELLINGS, Norm, images, spread, stirred
 from tests.surgery.test_norms import graft as grafted
-from tests.surgery.test_spellings import D, H, graft
+from tests.surgery.test_spellings import D, H, graft, refused, tokens
 
 C, SIDE = 6, 3
 
@@ -103,3 +103,35 @@ def test_positions_stay_with_their_tokens() -> None:
     report = graft(Pool("all ask"), Pool("one, elsewhere"), images)
     (row,) = (r for r in report.rows if r.name == "place")
     assert row.op != "copy"
+
+
+# -- one norm, called twice -------------------------------------------------------------------------------------------
+class TwoTokens(nn.Module):
+    """Two tokens, normalised and averaged: "together", or in two calls of the norm that are "added" or "stacked". In
+    "unlike", the second token is normalised by another norm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.enter, self.mix, self.norm, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 3)
+        self.other = nn.LayerNorm(D) if how == "unlike" else self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + F.gelu(self.mix(x)).mean(1, keepdim=True)
+        if self.how == "together":
+            return self.head(self.norm(x)[:, :2].mean(1))
+        if self.how == "stacked":
+            return self.head(torch.stack([self.norm(x[:, 0]), self.norm(x[:, 1])], 1).mean(1))
+        return self.head((self.norm(x[:, 0]) + self.other(x[:, 1])) / 2)
+
+
+@pytest.mark.parametrize("theirs", ["together", "added"])
+@pytest.mark.parametrize("mine", ["added", "stacked"])
+def test_two_tokens_in_two_calls_of_one_norm(theirs: str, mine: str) -> None:
+    report = graft(TwoTokens(theirs), TwoTokens(mine), tokens)
+    assert all(row.sources == (row.name,) for row in report.rows if row.status == "filled")
+
+
+def test_two_norms_are_not_one() -> None:
+    refused(TwoTokens("unlike"), TwoTokens("added"), tokens)
