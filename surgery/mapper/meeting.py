@@ -73,7 +73,27 @@ class Meeting:
         if all(m.inner or m.missing for m, _, _ in found):  # an addend of a larger sum at best: the sum in one
             merged = self._unified_as(h, terms, shape, self.merged.cut, exact=True)
             found = [f for f in merged if not f[0].inner and not f[0].missing] + found
-        return found
+        return found or self._without_gain(h, terms, shape)
+
+    def _without_gain(self, h: Hypothesis, terms: list[Term], shape: tuple[int, ...]) -> list[Found]:
+        """A scaled value that the reference uses as it is (a norm without gain): the scale is one."""
+        scales = [t for t in terms if t.kind == "scale"]
+        if len(scales) != 1 or any(live(t) for t in terms):
+            return []
+        (scale,) = scales
+        if scale.value is None or scale.ids is None or not bool((scale.ids > 0).all()):
+            return []
+        ids, ref = torch.unique(scale.ids.to(torch.int64)), self.reference
+        bare = [replace(t, kind="known", ids=None) if t is scale else t for t in terms]
+        ends = [y for y in ref.closure(ref.index.find(fingerprint(scale.value))) if ref.used_bare(y)]
+        found: dict[tuple[Any, ...], Found] = {}
+        for y in ends:
+            for m in unify(bare, shape, ref.terms(y), ref.tape.values[y].shape, exact=True):
+                if not m.missing:
+                    m.assignments.append(Assignment.of(ids, ref.ones(len(ids), int(ids[0]))))
+                    m.like, m.penalty = y, m.penalty + 1.0
+                    found.setdefault(_key(m), (m, self._score(h, m) - m.penalty, ref.tape.values[y].node))
+        return list(found.values())[:WIDTH]
 
     def spread_over(self, h: Hypothesis, vid: int) -> list[Found]:
         """Matches with sums of the reference whose scales are spread over what they scale."""

@@ -99,6 +99,7 @@ class Reference(Affine):
         self._slices: dict[int, FingerprintIndex] = {}
         self.multiples: dict[tuple[int, float], int] = {}  # (a tensor's first number, factor) -> that of the multiple
         self.multiplied: list[Product] = []
+        self._ones: dict[tuple[int, int], int] = {}
         for i, node in enumerate(tape.nodes):
             kind = self.kind(node)
             if kind == "product":
@@ -200,6 +201,12 @@ class Reference(Affine):
                             queue.append(o)
         outputs = set(self.tape.outputs())
         return sorted(seen, key=lambda v: (not (self.is_end(v) or v in outputs), v))
+
+    def used_bare(self, vid: int) -> bool:
+        """Is it an end of a sum that no weight scales?"""
+        consumers = [self.tape.nodes[c] for c in self.tape.consumers[vid]]
+        scaled = any(self.kind(c) == "scale" for c in consumers)
+        return not scaled and (self.is_end(vid) or vid in self.tape.outputs())
 
     def _of_two(self, node: Node) -> bool:
         return sum(self.tape.values[i].data for i in node.inputs) > 1
@@ -401,6 +408,15 @@ class Reference(Affine):
         d = Derived(self.next, tuple(value.shape), fn, params, Grid.of(numbers.to(torch.int64)), lambda: value)
         self._add_derived(d)
         return torch.arange(d.offset, d.offset + d.size).reshape(value.shape)
+
+    def ones(self, count: int, of: int) -> Tensor:
+        """Numbers for ones in place of target weights of which `of` is the first: the same when asked for again."""
+        if (count, of) not in self._ones:
+            self._ones[count, of] = self.next
+            none = Grid.of(torch.zeros(0, dtype=torch.int64))
+            ones = torch.ones(count, dtype=torch.float64)
+            self._add_derived(Derived(self.next, (count,), "ones", {}, none, lambda: ones))
+        return torch.arange(self._ones[count, of], self._ones[count, of] + count)
 
     def _add_derived(self, d: Derived) -> None:
         self.derived.append(d)

@@ -226,6 +226,8 @@ class Renderer:
             factors = (self.block(f.dense()) for f in what.factors)
             return reduce(lambda a, b: call("mul", a, b), factors), what.shape, first
         assert isinstance(what, Derived)
+        if what.fn == "ones":
+            return call("ones", shape=what.shape), what.shape, first
         inner = self.block(what.numbers.dense())
         if what.fn == "rsqrt_inverse":
             return call("reciprocal", call("square", inner)), what.shape, first
