@@ -67,9 +67,9 @@ def refuses(reference: nn.Module, target: nn.Module, x: Callable[[int], Any]) ->
 
 # -- a GRU: two biases that add up for two gates and stay apart for the third ------------------------------------------
 class LibraryGRU(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 1) -> None:
         super().__init__()
-        self.rnn = nn.GRU(IN, UNITS, batch_first=True)
+        self.rnn = nn.GRU(IN, UNITS, layers, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rnn(x)[0]
@@ -132,6 +132,30 @@ class JoinedGates(nn.Module):
 @pytest.mark.parametrize("pair", [(LibraryGRU, JoinedGates), (JoinedGates, LibraryGRU), (GRU, JoinedGates)])
 def test_gates_that_are_joined_on_one_side_only(pair: tuple[type[nn.Module], type[nn.Module]]) -> None:
     solves(pair[0](), pair[1](), series)
+
+
+class Stacked(nn.Module):
+    """Two layers, both moved on at each step, with one bias for each gate and one within the reset gate's reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.ModuleList(nn.Linear(n, 3 * UNITS) for n in (IN, UNITS))
+        self.U = nn.ModuleList(nn.Linear(UNITS, 3 * UNITS, bias=False) for _ in range(2))
+        self.b = nn.ParameterList(nn.Parameter(torch.zeros(UNITS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = [x.new_zeros(len(x), UNITS)] * 2, []
+        for v in x.unbind(1):
+            for i in range(2):
+                (r, z, n), (ur, uz, un) = self.W[i](v).chunk(3, -1), self.U[i](h[i]).chunk(3, -1)
+                r, z = torch.sigmoid(r + ur), torch.sigmoid(z + uz)
+                h[i] = v = (1 - z) * torch.tanh(n + r * (un + self.b[i])) + z * h[i]
+            out.append(v)
+        return torch.stack(out, 1)
+
+
+def test_two_layers_that_move_on_together() -> None:
+    solves(LibraryGRU(layers=2), Stacked(), series)
 
 
 def test_a_reset_before_the_product_is_another_function() -> None:
