@@ -83,10 +83,9 @@ def whisper(folder: Path) -> Path:
 
 
 def openai_whisper() -> Any:
-    from whisper.model import ModelDimensions, Whisper
-
+    whisper = pytest.importorskip("whisper.model")
     torch.manual_seed(0)
-    model = Whisper(ModelDimensions(8, 12, 16, 2, 2, 50, 10, 16, 4, 1))
+    model = whisper.Whisper(whisper.ModelDimensions(8, 12, 16, 2, 2, 50, 10, 16, 4, 1))
     with torch.no_grad():
         model.decoder.positional_embedding.zero_()  # it is made without values
     return seeded(model)

@@ -24,7 +24,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as load_swin
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as load_vit
 from torch import Tensor, nn
-from whisper.model import sinusoids
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from surgery import ops
 from surgery.errors import PlanError

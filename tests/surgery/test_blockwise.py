@@ -129,13 +129,13 @@ def test_a_weight_that_is_used_in_two_pieces() -> None:
 def test_turned_weights_keep_their_graph(bert: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a surface the run is replayed; what is perturbed there is what softmax cancels, and no more."""
     followed: list[int] = []
-    real = exercise._followed
+    real = exercise.followed
 
     def counted(tape: Any, nodes: Any, outputs: Any, items: Any) -> Any:
         followed.append(len(items))
         return real(tape, nodes, outputs, items)
 
-    monkeypatch.setattr(exercise, "_followed", counted)
+    monkeypatch.setattr(exercise, "followed", counted)
     prove(bert, pairs.Encoder(), surface=True, blockwise=False)
     assert sum(followed) <= 12
     assert len(followed) <= 4

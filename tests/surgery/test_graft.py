@@ -150,7 +150,8 @@ def test_meta_parameters_are_assigned(bert: nn.Module) -> None:
 def test_a_refused_graft_leaves_everything(bert: nn.Module) -> None:
     target = prepared(pairs.Encoder(eps=1e-5))
     before = Snapshot(target)
-    with pytest.raises(surgery.GraftError, match="refuted, and consistent is required: norm: eps is 1e-05") as caught:
+    said = r"refuted, and consistent is required: norm \(LayerNorm, pairs.py:\d+\): eps is 1e-05, the source has 1e-12"
+    with pytest.raises(surgery.GraftError, match=said) as caught:
         right(bert, target)
     before.check(target)
     report = caught.value.report
