@@ -285,7 +285,7 @@ def _shifted_rows(place: Place, index: int, table: int) -> Iterator[Found]:
         w = run.held(table)
     except Untold:
         return
-    owner = run.tape.values[_root(place, table)].name.rpartition(".")[0] or None
+    owner = run.tape.values[place.pair.ours.root(table)].name.rpartition(".")[0] or None
     axes = [a for a in range(w.ndim) if w.shape[a] > 1][:2]
     for axis in axes:
         for by in (1, 2, -1, -2, 3, -3, 4, -4):
@@ -300,16 +300,6 @@ def _shifted_rows(place: Place, index: int, table: int) -> Iterator[Found]:
         if place.ok(edit):
             yield Found("position offset", "its positions begin 1 too early in the table", edit, index, owner)
             return
-
-
-def _root(place: Place, vid: int) -> int:
-    run = place.pair.ours
-    for _ in range(16):
-        value = run.tape.values[vid]
-        if value.node < 0 or not run.tape.nodes[value.node].inputs:
-            break
-        vid = run.tape.nodes[value.node].inputs[0]
-    return vid
 
 
 def padding(place: Place) -> Iterator[Found]:
@@ -342,7 +332,7 @@ def padding(place: Place) -> Iterator[Found]:
                 try:
                     padded = F.pad(x, sides, mode=mode)
                 except (RuntimeError, ValueError, NotImplementedError):
-                    continue
+                    continue  # torch has no such border here (a reflection wider than what it reflects): no cause
                 if padded.shape == now.shape and torch.equal(padded, now):
                     has = "zeros" if mode == "constant" else mode
                     continue

@@ -368,8 +368,9 @@ def _pairs(left: Sequence[str], right: Sequence[str], a: _Side, b: _Side) -> Ite
 
 
 def _common_end(one: str, two: str) -> int:
-    words = zip(reversed(one.split(".")), reversed(two.split(".")), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))
+    """How many words the names share at their end."""
+    words = [name.split(".")[::-1] for name in (one, two)]
+    return len(os.path.commonprefix(words))  # noqa: RUF071  of lists it compares word by word
 
 
 def _permuted(a: _Side, b: _Side, gone: Sequence[str], come: Sequence[str]) -> dict[str, Difference]:

@@ -185,6 +185,7 @@ class _Parser:
     def quoted(self) -> str:
         opened = self.at
         try:
+            # Lenient of tabs and line ends in a name, which JSON wants escaped: a name may hold them.
             text, self.at = json.JSONDecoder(strict=False).raw_decode(self.text, self.at)
         except json.JSONDecodeError as error:
             raise self.error(f"the quoted text does not read: {error.msg}", at=opened) from None

@@ -568,7 +568,8 @@ def unused_masks(inputs: Sequence[tuple[str, Any]], target: nn.Module, called: b
         if isinstance(x, Mapping):
             items = list(x.items())
         elif isinstance(x, (tuple, list)):
-            items = list(zip(parameters, x, strict=False)) if called else []
+            # Positional arguments are the first of forward's; what is left over goes into *args.
+            items = list(zip(parameters[: len(x)], x[: len(parameters)], strict=True)) if called else []
         elif called and parameters:
             items = [(parameters[0], x)]
         for name, t in items:

@@ -9,6 +9,7 @@ that both have; the first of them is where the two part. A change is tried by ru
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,6 +97,15 @@ class Run:
         node = self.tape.nodes[value.node]
         out = call(node, lambda v: self.held(v, depth + 1))
         return out[value.out]
+
+    def root(self, vid: int) -> int:
+        """The value that this one is a relayout of, or else begins from: first inputs, a few operators back."""
+        for _ in range(16):
+            value = self.tape.values[vid]
+            if value.node < 0 or not self.tape.nodes[value.node].inputs:
+                break
+            vid = self.tape.nodes[value.node].inputs[0]
+        return vid
 
     def before(self, vids: Iterable[int], limit: int, *, data: bool | None = None) -> list[int]:
         """The nodes that these values are made by, nearest first. `data`: only those that do (not) depend on inputs."""
@@ -462,12 +472,9 @@ class Place:
 
     def adder(self, vid: int, other: int) -> str:
         """The module that would add two values: the innermost one in which both are computed, or the giver."""
-        a, b, shared = self.maker(vid).split("."), self.maker(other).split("."), []
-        for x, y in zip(a, b, strict=False):
-            if x != y:
-                break
-            shared.append(x)
-        both, given = ".".join(shared), self.giver(vid)
+        makers = [self.maker(vid).split("."), self.maker(other).split(".")]
+        both = ".".join(os.path.commonprefix(makers))  # noqa: RUF071  of lists it compares name by name
+        given = self.giver(vid)
         found = both if len(both) > len(given) and both.startswith(given) else given
         return found.rpartition(".")[0] if found in self.leaves else found
 

@@ -219,7 +219,7 @@ def check_slices(slices: tuple[slice, ...] | None, shape: Sequence[int]) -> tupl
         raise CheckpointError(f"{len(slices)} slices for a tensor of shape {tuple(shape)}")
     if any(cut.step is not None and cut.step < 1 for cut in slices):
         raise CheckpointError(f"slices must have a positive step, got {slices!r}", hint="Read it, then flip it.")
-    bounds = (cut.indices(size) for cut, size in zip(slices, shape, strict=False))
+    bounds = (cut.indices(size) for cut, size in zip(slices, shape[: len(slices)], strict=True))
     return tuple(slice(start, stop, step) for start, stop, step in bounds)
 
 

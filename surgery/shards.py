@@ -152,9 +152,12 @@ def paths(path: Path, count: int) -> list[Path]:
 
 
 def index(groups: Sequence[Sequence[str]], infos: Mapping[str, TensorInfo], files: Sequence[Path]) -> bytes:
-    """The index, as huggingface_hub and transformers write it: where each tensor is, and the bytes of all."""
+    """The index, as huggingface_hub and transformers write it: where each tensor is, and the bytes of all. `files`: one
+    for each group, and then perhaps the index itself (see `paths`)."""
     held = {
         "metadata": {"total_size": sum(infos[name].nbytes for group in groups for name in group)},
-        "weight_map": {name: file.name for group, file in zip(groups, files, strict=False) for name in group},
+        "weight_map": {
+            name: file.name for group, file in zip(groups, files[: len(groups)], strict=True) for name in group
+        },
     }
     return (json.dumps(held, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -91,7 +91,7 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     node = chain[-1]
     weights = [v for v in node.inputs if other.tape.values[v].weights and not other.tape.values[v].data]
     if op_name(node) == "add" and weights:
-        names_ = [other.tape.values[_their_root(place, v)].name for v in weights]
+        names_ = [other.tape.values[other.root(v)].name for v in weights]
         return "missing bias", f"no bias is added, the source adds {names_[0] or 'one'}"
     if op_name(node) in ("add", "sub") and len([v for v in node.inputs if other.tape.values[v].data]) == 2:
         return "missing residual", "the residual is missing: the source adds what came in"
@@ -107,20 +107,10 @@ def _norm_of(place: Place, chain: list[Node]) -> str | None:
     other = place.pair.theirs
     for node in chain:
         for v in (v for v in node.inputs if not other.tape.values[v].data):
-            value = other.tape.values[_their_root(place, v)]
+            value = other.tape.values[other.root(v)]
             if value.origin == "param" and value.tensor is not None and (name := place.named_like(value.tensor)):
                 return name.rpartition(".")[0]
     return None
-
-
-def _their_root(place: Place, vid: int) -> int:
-    run = place.pair.theirs
-    for _ in range(16):
-        value = run.tape.values[vid]
-        if value.node < 0 or not run.tape.nodes[value.node].inputs:
-            break
-        vid = run.tape.nodes[value.node].inputs[0]
-    return vid
 
 
 def residual(place: Place) -> Iterator[Found]:

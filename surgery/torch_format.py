@@ -74,8 +74,7 @@ def _load(path: Path, key: str | None, *, mapped: bool) -> Reader:
 def _refusal(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{path}: holds more than tensors: unpickling it would call {', '.join(names)}. Nothing of it was run",
-        hint="Look for the same weights as safetensors. If you trust the file, convert it where it can do no harm: "
-        f'torch.save(torch.load("{path}", weights_only=False)["state_dict"], "weights.pt")',
+        hint="Do not load it anywhere. Look for the same weights as safetensors.",
     )
 
 

@@ -10,6 +10,7 @@ Sources: Robinson 1965 (unification); Fang et al., arXiv 2301.12900 (dependency 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def unify(a: Space, b: Space, where: str) -> None:
         _unify_products(a, b, where)
     elif a.form == b.form == "sum":
         cuts = sorted({*_ends(a), *_ends(b)})
-        sizes = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+        sizes = [end - start for start, end in itertools.pairwise([0, *cuts])]
         for one, other in zip(cut(a, sizes, where), cut(b, sizes, where), strict=True):
             unify(one, other, where)
     else:

@@ -301,6 +301,8 @@ def remade(source: Source, rules: Sequence[Rule]) -> dict[str, Any]:
 
 def noted(report: surgery.Report, change: Change, drift: Mapping[str, float]) -> surgery.Report:
     """The report, with the sizes and the drift said: on the whole, and of each row that was resized."""
+    from surgery.rules import Derive
+
     moved = ", ".join(f"{name} moves by {value:.1%}" for name, value in drift.items() if value > _ROUNDING)
     if not drift:
         cost = "what that costs cannot be compared"
@@ -308,7 +310,7 @@ def noted(report: surgery.Report, change: Change, drift: Mapping[str, float]) ->
         cost = "what both sizes take gives the same"
     else:
         cost = f"before any training, on the same thing at both sizes, {moved}"
-    made = {rule.name for rule in change.rules if hasattr(rule, "name")}
+    made = {rule.name for rule in change.rules if isinstance(rule, Derive)}
     rows = tuple(
         replace(row, note=f"{change}; {cost}") if not row.note and made.intersection(row.sources) else row
         for row in report.plan.rows

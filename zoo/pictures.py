@@ -161,7 +161,7 @@ def _windows(layout: Pictures, body: Body) -> list[int]:
             root = math.isqrt(math.prod(rows))
             if root * root == math.prod(rows) and root % 2 and root > 1:
                 sides.add((root + 1) // 2)
-    said = [each for value in body.words(*_WINDOW_WORDS) for each in [pair(value)[0]]]
+    said = [pair(value)[0] for value in body.words(*_WINDOW_WORDS)]
     found = sorted(sides, reverse=True)  # a window is cut where the image is smaller: the largest one is it
     return [*[side for side in dict.fromkeys(said) if side in sides], *found[:1]] or [layout.window]
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, permutations, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,6 +183,11 @@ class Table:
     key: tuple[str, ...] = ()
     more: str = ""
     fewer: str = ""
+
+    # The published rules, for `more` and `fewer`.
+    DRAWN: ClassVar[str] = "vocab_resize({name}, to={to}, seed=0)"  # new rows around the mean of the old ones
+    TILED: ClassVar[str] = "extend_pos_embed_tile({name}, to={to}, offset={spare})"
+    CUT: ClassVar[str] = "slice({name}, axis=0, start=0, stop={to})"
 
     def resized(self, to: int) -> Iterator[tuple[str, str]]:
         """(tensor, expression) for `to` counted rows."""

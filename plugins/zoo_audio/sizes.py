@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 _FRAMES, _TEXT, _VOCABULARY = "frames", "text positions", "vocabulary"
 _WAVES = "resize_sinusoids({name}, to={to})"
-_DRAWN = "vocab_resize({name}, to={to}, seed=0)"
-_TILED = "extend_pos_embed_tile({name}, to={to}, offset={spare})"
-_CUT = "slice({name}, axis=0, start=0, stop={to})"
 
 
 def whisper(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
@@ -31,16 +28,18 @@ def whisper(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
         names = tuple(name for name in checkpoint if name.endswith(end))
         if names:
             own = (key,) if config else ()
-            found.append(Table(size, checkpoint[names[0]].shape[0], words, 0, names, (), (), own, more, fewer))
+            found.append(
+                Table(size, checkpoint[names[0]].shape[0], words, names=names, key=own, more=more, fewer=fewer)
+            )
 
     places = ("pos", "place", "where")
     for frames, text, words in (
         ("encoder.embed_positions.weight", "decoder.embed_positions.weight", "decoder.embed_tokens.weight"),
         ("encoder.positional_embedding", "decoder.positional_embedding", "decoder.token_embedding.weight"),
     ):
-        add(_FRAMES, frames, places, "max_source_positions", _WAVES, _CUT)
-        add(_TEXT, text, places, "max_target_positions", _TILED, _CUT)
-        add(_VOCABULARY, words, ("tok", "word", "vocab"), "vocab_size", _DRAWN)
+        add(_FRAMES, frames, places, "max_source_positions", _WAVES, Table.CUT)
+        add(_TEXT, text, places, "max_target_positions", Table.TILED, Table.CUT)
+        add(_VOCABULARY, words, ("tok", "word", "vocab"), "vocab_size", Table.DRAWN)
     if not found:
         return None
     mels = next((checkpoint[name].shape[1] for name in checkpoint if name.endswith("encoder.conv1.weight")), 80)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]
 _WORDS = ("word", "tok", "vocab")
 _PLACES = ("pos", "place", "where")
-_DRAWN = "vocab_resize({name}, to={to}, seed=0)"
-_TILED = "extend_pos_embed_tile({name}, to={to}, offset={spare})"
-_CUT = "slice({name}, axis=0, start=0, stop={to})"
 
 
 def sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
@@ -46,8 +43,17 @@ def _text(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
     rows = checkpoint[places].shape[0]
     counts = tuple(name for name in checkpoint if name.endswith("text_model.embeddings.position_ids"))
     found = [
-        Table("vocabulary", vocabulary, _WORDS, 0, (words,), (), (), (*at, "vocab_size"), _DRAWN),
-        Table("context", rows, _PLACES, 0, (places,), (), counts, (*at, length), _TILED, _CUT),
+        Table("vocabulary", vocabulary, _WORDS, names=(words,), key=(*at, "vocab_size"), more=Table.DRAWN),
+        Table(
+            "context",
+            rows,
+            _PLACES,
+            names=(places,),
+            counts=counts,
+            key=(*at, length),
+            more=Table.TILED,
+            fewer=Table.CUT,
+        ),
     ]
     # CLIP pools at the token of the greatest number, which is the last of the vocabulary: nothing shows the same.
     return tables(width, found, lambda *_: None)
@@ -87,13 +93,13 @@ def _vision(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Pictures | Non
 
     return Pictures(
         checkpoint,
-        side,
-        (rows, columns),
-        channels,
-        configured,
-        (stem,),
-        places,
-        prefix,
+        image=side,
+        patch=(rows, columns),
+        channels=channels,
+        configured=configured,
+        stem=(stem,),
+        positions=places,
+        prefix=prefix,
         square=not config or ours,
         patches="trunk." not in stem,
         any_channels=ours,

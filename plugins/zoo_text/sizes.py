@@ -28,9 +28,6 @@ _HEAD_BIASES = (
 )
 # Buffers that older releases of transformers saved.
 _COUNTS = ("embeddings.position_ids", "embeddings.token_type_ids", ".attn.bias", ".attn.masked_bias")
-_DRAWN = "vocab_resize({name}, to={to}, seed=0)"
-_TILED = "extend_pos_embed_tile({name}, to={to}, offset={spare})"
-_CUT = "slice({name}, axis=0, start=0, stop={to})"
 
 
 def bert(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Sizes | None:
@@ -66,12 +63,24 @@ def _sizes(
     words += [name for name in checkpoint if name.endswith(_HEADS) and checkpoint[name].shape[0] == vocabulary]
     # The bias of a new token is zero: it says nothing about it.
     biases = tuple(name for name in checkpoint if name.endswith(_HEAD_BIASES))
-    found = [Table("vocabulary", vocabulary, _WORDS, 0, tuple(words), biases, (), ("vocab_size",), _DRAWN)]
+    key = ("vocab_size",)
+    found = [Table("vocabulary", vocabulary, _WORDS, names=tuple(words), biases=biases, key=key, more=Table.DRAWN)]
     places = tuple(name for name in checkpoint if place and name.endswith(place))
     if places:
         rows = checkpoint[places[0]].shape[0]
         counts = tuple(name for name in checkpoint if name.endswith(_COUNTS))
-        found.append(Table("positions", rows, _PLACES, spare, places, (), counts, (places_key,), _TILED, _CUT))
+        positions = Table(
+            "positions",
+            rows,
+            _PLACES,
+            spare,
+            names=places,
+            counts=counts,
+            key=(places_key,),
+            more=Table.TILED,
+            fewer=Table.CUT,
+        )
+        found.append(positions)
     types = [name for name in checkpoint if name.endswith("token_type_embeddings.weight")]
     found += [Table("token types", checkpoint[name].shape[0], ("type", "segment", "kind")) for name in types[:1]]
     return tables(width, found, _alike)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
 import surgery
 import zoo
+from zoo_vision.of_timm import features_of, head_of
 from zoo_vision.running import Built
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def made(checkpoint: Checkpoint, part: str) -> Built:
         return model
 
     side, classes = arguments["img_size"], arguments["num_classes"]
-    return Built(build, _features, _head, (side,), 3, classes=classes, loads=True, tokens=("class_token",))
+    return Built(build, features_of, head_of, (side,), 3, classes=classes, loads=True, tokens=("class_token",))
 
 
 def _file(checkpoint: Checkpoint) -> Path:
@@ -99,13 +100,3 @@ def _arguments(whole: Checkpoint) -> dict[str, Any]:
         "mlp_ratio": (inner + 0.5) / width,
         "num_classes": whole["head/bias"].shape[0] if "head/bias" in whole else 0,
     }
-
-
-def _features(model: Any, pixels: Tensor) -> Tensor:
-    features: Tensor = model.forward_features(pixels)
-    return features
-
-
-def _head(model: Any, features: Tensor) -> Tensor:
-    logits: Tensor = model.forward_head(features)
-    return logits

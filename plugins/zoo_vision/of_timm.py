@@ -60,8 +60,8 @@ def _built(architecture: str, kept: Mapping[str, Any], at: Callable[[str], str] 
     side = _fixed(model, known)
     return Built(
         build,
-        _features,
-        _head,
+        features_of,
+        head_of,
         (side,) if side else SIZES,
         int(known.get("input_size", (3,))[0]),
         at,
@@ -86,12 +86,12 @@ def _fixed(model: Any, known: Mapping[str, Any]) -> int:
     return int(known["input_size"][-1]) if known.get("fixed_input_size") else 0
 
 
-def _features(model: Any, pixels: Tensor) -> Tensor:
+def features_of(model: Any, pixels: Tensor) -> Tensor:
     features: Tensor = model.forward_features(pixels)
     return features
 
 
-def _head(model: Any, features: Tensor) -> Tensor:
+def head_of(model: Any, features: Tensor) -> Tensor:
     logits: Tensor = model.forward_head(features)
     return logits
 

@@ -8,32 +8,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from surgery import ops
 from surgery.errors import PlanError
-from surgery.expr import call, evaluate, infer, parse
+from surgery.expr import call, infer, parse
 from surgery.ops.vocabulary import NEW, read_rows, spell_rows
+from tests.agreement import SEEDS, random, run
 
-SEEDS = st.integers(0, 1000)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 some = settings(max_examples=40, deadline=None)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def run(op: str, *tensors: Tensor, **params: ops.Value) -> Tensor:
-    """The op's value, after `infer` foretold its shape."""
-    read = {f"t{n}": tensor for n, tensor in enumerate(tensors)}
-    expr = call(op, *read, **params)
-    foretold = infer(expr, lambda name: tuple(read[name].shape))
-    result = evaluate(expr, read.__getitem__)
-    assert tuple(result.shape) == foretold
-    assert result.dtype == tensors[0].dtype
-    return result
 
 
 @settings(max_examples=25, deadline=None)

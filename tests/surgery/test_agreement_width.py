@@ -13,32 +13,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.core_model_loading import PermuteForRope
 from transformers.pytorch_utils import prune_linear_layer
 
 from surgery import ops
-from surgery.expr import call, evaluate, infer
+from surgery.expr import call, evaluate
+from tests.agreement import SEEDS, random, run
 
-SEEDS = st.integers(0, 1000)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 some = settings(max_examples=40, deadline=None)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def run(op: str, *tensors: Tensor, **params: ops.Value) -> Tensor:
-    """The op's value, after `infer` foretold its shape."""
-    read = {f"t{n}": tensor for n, tensor in enumerate(tensors)}
-    expr = call(op, *read, **params)
-    foretold = infer(expr, lambda name: tuple(read[name].shape))
-    result = evaluate(expr, read.__getitem__)
-    assert tuple(result.shape) == foretold
-    assert result.dtype == tensors[0].dtype
-    return result
 
 
 @some
