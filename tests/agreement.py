@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,3 +27,34 @@ def run(op: str, *tensors: Tensor, **params: ops.Value) -> Tensor:
     assert tuple(result.shape) == foretold
     assert result.dtype == tensors[0].dtype
     return result
+
+
+@dataclass
+class Met:
+    """One op beside one reference implementation, over all that was tried in this process."""
+
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # of results
+    dtypes: set[str] = field(default_factory=set)
+    tried: int = 0
+    exact: int = 0  # bit for bit
+    worst: float = 0.0  # of the others: the largest difference, in parts of the largest number
+
+
+MET: dict[tuple[str, str], Met] = {}  # by op and reference; benchmarks/agreement.py prints them
+
+
+def agree(op: str, reference: str, mine: Tensor, theirs: Tensor, *, within: float = 0.0) -> None:
+    """Assert that the op's value is the reference implementation's: bit for bit, or `within` so much (absolute and
+    relative) where the two compute in different orders or types."""
+    met = MET.setdefault((op, reference), Met())
+    met.shapes.add(tuple(mine.shape))
+    met.dtypes.add(str(mine.dtype).removeprefix("torch."))
+    met.tried += 1
+    if torch.equal(mine, theirs):
+        met.exact += 1
+        return
+    if within == 0.0:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(mine, theirs, rtol=within, atol=within)
+    top = float(theirs.abs().max())
+    met.worst = max(met.worst, float((mine.double() - theirs.double()).abs().max()) / (top or 1.0))

@@ -14,7 +14,7 @@ from surgery import ops
 from surgery.errors import PlanError
 from surgery.expr import call, infer, parse
 from surgery.ops.vocabulary import NEW, read_rows, spell_rows
-from tests.agreement import SEEDS, random, run
+from tests.agreement import SEEDS, agree, random, run
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 some = settings(max_examples=40, deadline=None)
@@ -46,7 +46,7 @@ def test_a_resized_vocabulary_is_that_of_transformers_number_by_number(
     torch.manual_seed(seed)  # what the op draws does not depend on the generator that others use, nor disturb it
     mine = run("vocab_resize", table, to=new, seed=seed + 1)
     following = torch.rand(3)
-    assert torch.equal(mine, after.weight)
+    agree("vocab_resize", "transformers, resize_token_embeddings with mean_resizing", mine, after.weight.detach())
     torch.manual_seed(seed)
     assert torch.equal(torch.rand(3), following)
     assert torch.equal(run("vocab_resize", table, to=new, seed=seed + 1), mine)
@@ -185,7 +185,7 @@ def test_transplanted_rows_are_those_of_mergekit(
     mine = run("vocab_transplant_omp", table, donor, rows=spell_rows(old), k=k)
     assert torch.equal(mine[places], table[order])
     tolerance = 1e-7 if dtype == torch.float64 else 2e-2  # atoms of a random space may be all but dependent
-    torch.testing.assert_close(mine[fresh], wanted, rtol=tolerance, atol=tolerance)
+    agree("vocab_transplant_omp", "mergekit.tokensurgeon.batch_omp", mine[fresh], wanted, within=tolerance)
 
 
 @some

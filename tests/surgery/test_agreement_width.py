@@ -4,8 +4,10 @@ that they say they keep."""
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random as python_random
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ from transformers.pytorch_utils import prune_linear_layer
 
 from surgery import ops
 from surgery.expr import call, evaluate
-from tests.agreement import SEEDS, random, run
+from tests.agreement import SEEDS, agree, random, run
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 some = settings(max_examples=40, deadline=None)
+THEIRS = "the authors' program is not on PYTHONPATH: see benchmarks/agreement.py"
 
 
 @some
@@ -40,6 +43,66 @@ def test_shrinking_is_the_uniform_rule_of_weight_selection(
         wanted = wanted.index_select(axis, torch.tensor(index.astype(int)))
         mine = run("shrink_width", mine, to=taken, axis=axis)
     assert torch.equal(mine, wanted)
+
+
+@some
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), DTYPES, SEEDS)
+def test_shrinking_is_what_the_authors_of_weight_selection_run(
+    sizes: list[tuple[int, int]], dtype: torch.dtype, seed: int
+) -> None:
+    theirs = pytest.importorskip("weight_selection", reason=THEIRS)
+    weight = random(tuple(max(pair) for pair in sizes), dtype, seed)
+    wanted = theirs.uniform_element_selection(weight, torch.Size(min(pair) for pair in sizes))
+    for axis, pair in enumerate(sizes):
+        weight = run("shrink_width", weight, to=min(pair), axis=axis)
+    agree("shrink_width", "weight_selection.uniform_element_selection, the authors' program", weight, wanted)
+
+
+def hypercloning() -> ModuleType:
+    """The file of the rule alone: the package around it imports libraries of models that nothing here needs."""
+    package = importlib.util.find_spec("hypercloning")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip(THEIRS)
+    file = Path(package.submodule_search_locations[0], "common.py")
+    spec = importlib.util.spec_from_file_location("hypercloning_common", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@some
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), DTYPES, SEEDS)
+def test_cloning_is_what_the_authors_of_hypercloning_run(
+    out: int, into: int, n_out: int, n_in: int, dtype: torch.dtype, seed: int
+) -> None:
+    theirs = hypercloning()
+    weight = random((out, into), dtype, seed)
+    reference = "hypercloning.common.clone_matrix, the authors' program"
+    for normalize, inputs in ((True, 1), (False, -1)):
+        wanted = theirs.clone_matrix((out * n_out, into * n_in), weight, normalize=normalize)
+        agree("clone_width", reference, run("clone_width", weight, times=(n_out, n_in), inputs=inputs), wanted)
+
+
+@some
+@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([0, 1, 3]), SEEDS)
+def test_widening_is_that_of_a_public_net2net(held: int, more: int, kernel: int, seed: int) -> None:
+    theirs = pytest.importorskip("net2net", reason=THEIRS)
+    torch.manual_seed(seed)
+    first, second = (
+        (nn.Conv2d(2, held, kernel), nn.Conv2d(held, 3, kernel)) if kernel else (nn.Linear(2, held), nn.Linear(held, 3))
+    )
+    same = {"to": held + more, "seed": seed}
+    mine = [run("widen", t.detach(), **same) for t in (first.weight, first.bias)]
+    mine.append(run("widen", second.weight.detach(), axis=1, share=1, **same))
+    old = first.weight.detach().flatten(1)
+    picked = iter([int((old == row).all(1).nonzero()[0]) for row in mine[0].flatten(1)[held:]])
+    with pytest.MonkeyPatch.context() as patched:  # both draw the units to repeat: let it draw ours
+        patched.setattr(theirs.np.random, "randint", lambda low, high: next(picked))
+        wide, after, _ = theirs.wider(first, second, held + more, noise=False, random_init=False, weight_norm=False)
+    for value, wanted in zip(mine, (wide.weight, wide.bias, after.weight), strict=True):
+        agree("widen", "net2net.wider of E. Goelge, without its noise", value, wanted.detach())
 
 
 @some
@@ -63,13 +126,14 @@ def test_heads_stay_whole_and_fused_projections_apart(
 
 
 @some
-@given(st.integers(1, 4), st.integers(1, 3), st.data(), SEEDS)
+@given(st.integers(1, 8), st.integers(1, 6), st.data(), SEEDS)
 def test_pruned_heads_are_those_of_transformers(heads: int, width: int, data: st.DataObject, seed: int) -> None:
     drop = tuple(data.draw(st.lists(st.integers(0, heads - 1), max_size=heads - 1, unique=True)))
     layer = nn.Linear(5, heads * width).double()
     kept = [n for n in range(heads * width) if n // width not in drop]
     pruned = prune_linear_layer(copy.deepcopy(layer), torch.tensor(kept))
-    assert torch.equal(run("prune_heads", layer.weight.detach(), heads=heads, drop=drop), pruned.weight)
+    mine = run("prune_heads", layer.weight.detach(), heads=heads, drop=drop)
+    agree("prune_heads", "transformers.pytorch_utils.prune_linear_layer", mine, pruned.weight.detach())
     assert torch.equal(run("prune_heads", layer.bias.detach(), heads=heads, drop=drop), pruned.bias)
     out = nn.Linear(heads * width, 5).double()
     pruned = prune_linear_layer(copy.deepcopy(out), torch.tensor(kept), dim=1)
@@ -181,7 +245,7 @@ def test_rotary_rows_turn_as_in_transformers(
     config = SimpleNamespace(num_attention_heads=heads)
     for op, inverse in (("rope_permute", False), ("rope_unpermute", True)):
         theirs = PermuteForRope(inverse=inverse)._permute_for_rope(rows, config)
-        assert torch.equal(run(op, rows, heads=heads), theirs)
+        agree(op, "transformers.core_model_loading.PermuteForRope", run(op, rows, heads=heads), theirs)
         assert ops.get(op).check([rows], heads=heads) == 1
 
 
@@ -203,21 +267,22 @@ def test_merged_adapters_add_what_they_computed(out: int, into: int, rank: int, 
         assert ops.get(op).check([stored, b, a], scale=scale, transposed=int(turned)) == 1
 
 
-def test_merged_adapters_are_pefts() -> None:
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([0, 1, 3]), st.integers(1, 4), SEEDS)
+def test_merged_adapters_are_pefts(out: int, into: int, kernel: int, rank: int, seed: int) -> None:
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    for base, target in ((nn.Sequential(nn.Linear(6, 5)), "0"), (nn.Sequential(nn.Conv2d(3, 5, 3)), "0")):
-        weight = base[0].weight.detach().clone()
-        model = peft.get_peft_model(
-            base, peft.LoraConfig(r=2, lora_alpha=3, target_modules=[target], init_lora_weights=False)
-        )
-        layer = model.base_model.model[0]
-        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-        merged = run("lora_merge", weight, b, a, scale=1.5)
-        layer.merge()
-        torch.testing.assert_close(merged, layer.base_layer.weight.detach(), rtol=1e-6, atol=1e-6)
-        layer.unmerge()
-        torch.testing.assert_close(run("lora_unmerge", merged, b, a, scale=1.5), weight, rtol=1e-5, atol=1e-6)
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Conv2d(into, out, kernel) if kernel else nn.Linear(into, out))
+    weight = base[0].weight.detach().clone()
+    config = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(base, config).base_model.model[0]
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    merged = run("lora_merge", weight, b, a, scale=3.0)
+    layer.merge()
+    agree("lora_merge", "peft, merge", merged, layer.base_layer.weight.detach(), within=1e-5)
+    layer.unmerge()
+    unmerged = run("lora_unmerge", merged, b, a, scale=3.0)
+    agree("lora_unmerge", "peft, unmerge", unmerged, layer.base_layer.weight.detach(), within=1e-5)
 
 
 @some
