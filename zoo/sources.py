@@ -253,6 +253,25 @@ def _folders(package: str) -> list[Path]:
     return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
 
 
+def _chosen(path: Path, names: Sequence[str], source: Source) -> str:
+    """The weights among the files at a path; where there are none, the error names folders below that hold some."""
+    try:
+        return choose_weights(names, str(path))
+    except ZooError as error:
+        if error.kind != "weights":
+            raise
+        below = sorted(
+            folder.relative_to(path).as_posix()
+            for pattern in ("*", "*/*")
+            for folder in path.glob(pattern)
+            if folder.is_dir() and any(each.suffix in (".safetensors", ".bin") for each in folder.iterdir())
+        )
+        if not below:
+            raise
+        told = " or ".join(f"{source}/{folder}" for folder in below[:3])
+        raise ZooError(str(error), kind="weights", hint=f"there are weights below it: {told}") from None
+
+
 def _gather(path: Path, source: Source, chosen: Pick) -> _Found:
     """The weights at a path, and what lies beside them."""
     if path.is_file():
@@ -263,7 +282,7 @@ def _gather(path: Path, source: Source, chosen: Pick) -> _Found:
         weights = path
     else:
         names = sorted(each.name for each in path.iterdir() if each.is_file())
-        weights = path / (source.files[0] if source.files else choose_weights(names, str(path)))
+        weights = path / (source.files[0] if source.files else _chosen(path, names, source))
         extra = [path / name for name in dict.fromkeys([*source.files[1:], *choose_beside(names, weights.name)])]
     shards = [weights.parent / name for name in shards_of(weights)] if weights.name.endswith(".index.json") else []
     for each in (weights, *shards, *extra):

@@ -128,6 +128,8 @@ def bad_files(folder: Path) -> None:
     (folder / "code.pt").write_bytes(pickle.dumps({"w": Trap()}))
     (folder / "text.bin").write_text("hello")
     (folder / "void").mkdir()
+    (folder / "above" / "model").mkdir(parents=True)
+    (folder / "above" / "model" / "model.safetensors").write_bytes(good)
 
 
 BAD = {
@@ -140,6 +142,7 @@ BAD = {
     "file:code.pt": (2, "code.pt"),
     "file:text.bin": (2, "text.bin"),
     "file:void": (2, "holds no weights"),
+    "file:above": (2, "there are weights below it: file:above/model"),
     "bret": (2, "did you mean bert"),
     "bert.hug": (2, "its tags are base"),
     "bert#decoder": (2, "its parts are embeddings, encoder, pooler, head"),
