@@ -51,10 +51,11 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     theirs = Run(theirs_tape, theirs_tape.outputs())
     ours = Run(ours_tape, ours_tape.outputs())
     if surfaced:
-        ours.barred = _depending(ours_tape, set(judge.new))
+        ours.barred = _depending(ours_tape, set(judge.new)) | ours_tape.inside()
     pair = Pair(ours, theirs)
     if surfaced:
         ours.outputs = pair.sinks(ours)
+    ours.outputs = [*ours.outputs, *ours_tape.fed()]  # around a departure, what goes into it is compared too
     place = _place(pair)
     if place is None:
         return None

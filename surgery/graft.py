@@ -36,18 +36,21 @@ def plan(
     rules: Iterable[object] = (),
     into: str = "",
     kept: Iterable[str] = (),
+    allow_different: Sequence[str] = (),
 ) -> Plan:
     """Find the mapping; change nothing. `into` names a submodule to graft into, to which the plan's rows are relative.
     `kept` names tensors of `target` that hold values worth keeping, such as a checkpoint that was loaded before; what
     an earlier graft filled counts as such by itself. They are kept where the source does not fill them, and not
-    called new. Where several mappings fit, the verdict is "ambiguous" and `candidates` holds them."""
+    called new. Where several mappings fit, the verdict is "ambiguous" and `candidates` holds them. `allow_different`:
+    see `graft`."""
     from surgery.judge import untouched_generators
 
     module = _submodule(target, into)
+    departing = _departing(module, allow_different, into)
     with untouched_generators():
         made = Prepared.of(open_checkpoint(source), probe, rules)
-        found = _find(made.source, module, made.probe, _inside(kept, into, target))
-        return made.outward(found, infos(module))
+        found = _find(made.source, module, made.probe, _inside(kept, into, target), departing)
+        return _allowing(made.outward(found, infos(module)), allow_different)
 
 
 def graft(
@@ -69,19 +72,26 @@ def graft(
     raises a GraftError that carries the report, and leaves the target as it was: values, types, device, flags, hooks.
     Tensors on the meta device are assigned; others are copied into, so that ties and optimizers hold. With
     `fill=False` all is done but that: the target stays as it was, and the report's plan is for surgery.write.
+
+    `allow_different` names modules of the target (by path; globs) that compute something else on purpose. The rest is
+    proven around them: what goes into them must occur in the reference, and with the reference's own activation in
+    place of what they give, everything after must too. The verdict is then "adapted", and report.proof.departures says
+    how far each of them is from the reference; what was filled inside of one is listed, and not proven. A GraftError
+    where a name fits no module, or one that is never called.
     """
     from surgery import apply
     from surgery.judge import untouched_generators
 
     needed = _verdict(require)
     module = _submodule(target, into)
-    _check_allowed(module, allow_different)
+    allowed = _allowed(plan, allow_different)
+    departing = _departing(module, allowed, into)
     kept = frozenset(kept)
     inside = _inside(kept, into, target)
     with untouched_generators():
         made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
         if plan is None:
-            inner = _find(made.source, module, made.probe, inside)
+            inner = _find(made.source, module, made.probe, inside, departing)
         else:
             given = _with_kept(_relative(plan, module, into), module, inside)
             given.check(made.base, infos(module))
@@ -90,16 +100,16 @@ def graft(
         fits = plan is not None or inner.verdict != "ambiguous"
         if fits:
             inner.check(made.source, infos(module))
-            inner, proof = _judged(made.source, module, inner, made.probe, given=plan is not None)
-        found = made.outward(inner, infos(module))
+            inner, proof = _judged(
+                made.source, module, inner, made.probe, given=plan is not None, departing=departing
+            )
+        found = _allowing(made.outward(inner, infos(module)), allowed)
         if proof is not None:
             proof = made.proof(proof, found)
             if inner.verdict == "proven" and proof.verdict == "adapted":
                 found = found.with_verdict("adapted", proven=found.proven)
         report = _report(found, proof, made.base, target, into, kept)
         if report.verdict.rank < needed.rank:
-            if proof is not None and report.verdict is Verdict.REFUTED:
-                _refuse_departure(proof, allow_different, report)
             raise _refusal(report, needed)
         if not fits:
             found.check(made.base, infos(module))
@@ -121,23 +131,28 @@ def verify(
     rules: Iterable[object] = (),
     into: str = "",
     blockwise: bool | None = None,
+    allow_different: Sequence[str] = (),
 ) -> Proof:
     """Prove a plan again: what `target` would compute with it against the reference, in each of `passes`
     ("device/type"). Changes nothing. The float64 proof is always run; a pass whose device is not there is listed as
     not run. `rules`: where they are not those that the plan carries. `blockwise`: in little memory, a piece of the run
-    at a time; None where both models in float64 would not fit into the memory that is free."""
-    from surgery.judge import Judge, untouched_generators
+    at a time; None where both models in float64 would not fit into the memory that is free. `allow_different`: modules
+    that may depart (see `graft`), beside those that the plan allows."""
+    from surgery.departure import judge_of
+    from surgery.judge import untouched_generators
     from surgery.passes import parse
 
     for name in passes:
         parse(name)
     module = _submodule(target, into)
     relative = _relative(plan, module, into)
+    departing = _departing(module, _allowed(plan, allow_different), into)
     with untouched_generators():
         made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
         relative.check(made.base, infos(module))
         assert made.probe is not None
-        judge = Judge(made.source, module, made.inward(relative), made.probe, blockwise=blockwise)
+        inner = made.inward(relative)
+        judge = judge_of(made.source, module, inner, made.probe, departing=departing, blockwise=blockwise)
         proof = judge.prove(passes)
         return made.proof(proof, relative)
 
@@ -151,7 +166,9 @@ def infos(module: nn.Module) -> dict[str, TensorInfo]:
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------
-def _find(source: Checkpoint, module: nn.Module, probe: Probe | None, kept: frozenset[str]) -> Plan:
+def _find(
+    source: Checkpoint, module: nn.Module, probe: Probe | None, kept: frozenset[str], departing: Mapping[str, str]
+) -> Plan:
     from surgery import mapper
     from surgery.apply import filled
     from surgery.mapper import static
@@ -159,7 +176,7 @@ def _find(source: Checkpoint, module: nn.Module, probe: Probe | None, kept: froz
     if probe is None:
         mapped = static.find(source, module, kept=kept | filled(module))
     else:
-        mapped = mapper.find(source, module, probe)
+        mapped = mapper.find(source, module, probe, departing=tuple(departing))
     found = _with_kept(mapped, module, kept)
     if not found.source.structure:
         found = replace(found, source=Stamp.of(source, source.source), verdict_for=None)
@@ -169,13 +186,19 @@ def _find(source: Checkpoint, module: nn.Module, probe: Probe | None, kept: froz
 
 
 def _judged(
-    source: Checkpoint, module: nn.Module, found: Plan, probe: Probe | None, *, given: bool
+    source: Checkpoint,
+    module: nn.Module,
+    found: Plan,
+    probe: Probe | None,
+    *,
+    given: bool,
+    departing: Mapping[str, str],
 ) -> tuple[Plan, Proof | None]:
     """The plan with the verdict that running gives; without a probe, the one that it has."""
-    from surgery.judge import Judge
-
     if probe is not None:
-        proof = Judge(source, module, found, probe).prove()
+        from surgery.departure import judge_of
+
+        proof = judge_of(source, module, found, probe, departing=departing).prove()
         symmetries = dict.fromkeys((*found.symmetries, *proof.symmetries))
         stamped = replace(
             found,
@@ -222,26 +245,25 @@ def _refusal(report: Report, needed: Verdict) -> GraftError:
     )
 
 
-def _check_allowed(module: nn.Module, allowed: Sequence[str]) -> None:
-    known = {name for name, _ in module.named_modules()}
-    for name in allowed:
-        if name not in known:
-            raise GraftError(
-                f"allow_different names {name}, which the target does not have", hint="Name one of its modules."
-            )
+def _allowed(plan: Plan | None, given: Sequence[str]) -> tuple[str, ...]:
+    """The modules that may depart: those given, and those that the plan was made with."""
+    return tuple(dict.fromkeys((*given, *(plan.allow_different if plan is not None else ()))))
 
 
-def _refuse_departure(proof: Proof, allowed: Sequence[str], report: Report) -> None:
-    """A departure that is meant would have to be proven around, block by block."""
-    where = proof.divergence.target_module if proof.divergence is not None else ""
-    within = [name for name in allowed if where == name or where.startswith(f"{name}.")]
-    if within:
-        raise GraftError(
-            f"the target departs from the source in {within[0]}, as allowed; but proving the rest around a departure, "
-            "block by block, is not possible yet, so that nothing can be said of the rest",
-            hint="require='refuted' writes the values without a proof.",
-            report=report,
-        )
+def _departing(module: nn.Module, allowed: Sequence[str], into: str) -> dict[str, str]:
+    if not allowed:
+        return {}
+    from surgery.departure import matched
+
+    return matched(module, allowed, into)
+
+
+def _allowing(found: Plan, allowed: Sequence[str]) -> Plan:
+    """The plan with what may depart, and its verdict bound to that."""
+    if found.allow_different == tuple(allowed):
+        return found
+    changed = replace(found, allow_different=tuple(allowed), verdict=None, verdict_for=None)
+    return changed if found.verdict in (None, "stale") else changed.with_verdict(found.verdict, proven=found.proven)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -152,9 +152,10 @@ class Plan:
     proven: tuple[str, ...] = ()  # what running said, a sentence each
     verdict_for: str | None = None  # what the verdict is bound to; filled in where left out
     rules: tuple[str, ...] = ()  # what was asked for otherwise than the source has it, as a file of rules spells it
+    allow_different: tuple[str, ...] = ()  # modules of the target that may depart (globs); the rest is proven around them
 
     def __post_init__(self) -> None:
-        for name in ("rows", "dropped", "symmetries", "notes", "candidates", "proven", "rules"):
+        for name in ("rows", "dropped", "symmetries", "notes", "candidates", "proven", "rules", "allow_different"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.verdict is None:
             object.__setattr__(self, "verdict_for", None)
@@ -182,6 +183,7 @@ class Plan:
 
     def _binding(self, verdict: str) -> str:
         bound = [verdict, self.rows_hash, self.source.structure, self.target.structure, *self.rules]
+        bound += [f"allow_different {pattern}" for pattern in self.allow_different]
         return hashlib.sha256(json.dumps(bound).encode()).hexdigest()
 
     def with_verdict(

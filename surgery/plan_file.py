@@ -51,7 +51,7 @@ _ABOUT = {
     "shapes": "Every target tensor, in order.",
 }
 _TEXTS = ("verdict", "verdict_for", "diagnosis")
-_LISTS = ("proven", "symmetries", "notes", "rules")
+_LISTS = ("proven", "symmetries", "notes", "rules", "allow_different")
 _PLAIN = {"version", "fold", "candidate", "source", "target", "ranges", *_TEXTS, *_LISTS}
 _STAMP = {"description", "structure", "revision", "files"}
 _SHAPE = re.compile(r"(\S*) \[((?:\d+(?:, *\d+)*)?)\]", re.ASCII)
@@ -125,7 +125,7 @@ def _updated(plan: Plan, path: Path) -> str | None:
 def _said(plan: Plan) -> dict[str, Any]:
     return {
         key: getattr(plan, key)
-        for key in ("verdict", "proven", "verdict_for", "symmetries", "notes", "diagnosis", "rules")
+        for key in ("verdict", "proven", "verdict_for", "symmetries", "notes", "diagnosis", "rules", "allow_different")
     }
 
 
@@ -145,7 +145,7 @@ def _document(plan: Plan, prefix: str, *, folded: bool) -> Iterator[str]:
     yield f"version = {VERSION}\n"
     if not folded:
         yield "fold = false  # names are written out, and braces in them are plain characters\n"
-    for key in ("verdict", "proven", "verdict_for", "diagnosis", "rules", "symmetries", "notes"):
+    for key in ("verdict", "proven", "verdict_for", "diagnosis", "rules", "allow_different", "symmetries", "notes"):
         value = getattr(plan, key)
         if value:
             yield f"{key} = {_array(value) if isinstance(value, tuple) else _string(value)}\n"

@@ -88,6 +88,25 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Departure:
+    """A module of the target that computes something else, as allowed; the rest was proven around it."""
+
+    module: str
+    allowed: str  # the pattern that allows it
+    reference: str  # the module of the reference whose activation took the place of what it gives
+    drift: float  # max |its output - that activation| / max |that activation|, the worst of all calls and inputs
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "module": self.module,
+            "allowed": self.allowed,
+            "reference": self.reference,
+            "drift": _finite(self.drift),
+        }
+
+
+@dataclass(frozen=True)
 class Proof:
     """What running said."""
 
@@ -102,17 +121,19 @@ class Proof:
     causes: tuple[str, ...] = ()  # what kept a residual above the gate until it was removed, each named
     notes: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()  # rows of an approximate or lossy op
+    departures: tuple[Departure, ...] = ()  # modules that compute something else, as allowed
+    departed: Mapping[str, float] = field(default_factory=dict)  # by output: how far it is moved by all of them
 
     @property
     def verdict(self) -> str:
         """refuted where a pass ran and differs; proven where all that ran passed, in float64 at least; adapted where
-        rows are approximate; else ambiguous: it ran, and that showed nothing."""
+        rows are approximate or modules depart as allowed; else ambiguous: it ran, and that showed nothing."""
         if any(p.status == "failed" and p.differs for p in self.passes):
             return "refuted"
         judged = [p for p in self.passes if p.name.endswith("/float64") and p.status == "passed"]
         if not judged or any(p.status == "failed" for p in self.passes):
             return "ambiguous"
-        return "adapted" if self.adapted else "proven"
+        return "adapted" if self.adapted or self.departures else "proven"
 
     @property
     def message(self) -> str:
@@ -130,6 +151,7 @@ class Proof:
     def _sentences(self) -> Iterator[str]:
         for p in self.passes:
             yield f"{p} on {', '.join(p.inputs)}" if p.inputs else str(p)
+        yield from self._departed()
         for output, where in self.surface.items():
             yield f"{output} is computed at {where}"
         for cause in self.causes:
@@ -138,6 +160,21 @@ class Proof:
             yield f"storing the values in the target's types costs {self.storage:.1e}"
         yield from self.not_exercised
         yield from self.notes
+
+    def _departed(self) -> Iterator[str]:
+        for allowed in dict.fromkeys(d.allowed for d in self.departures):
+            several = [d for d in self.departures if d.allowed == allowed]
+            worst = max(several, key=lambda d: d.drift)
+            count = f" ({len(several)} modules)" if len(several) > 1 else ""
+            most = f"up to {worst.drift:.1e} (in {worst.module})" if len(several) > 1 else f"{worst.drift:.1e}"
+            place = worst.reference or "its forward"
+            yield (
+                f"departs as allowed: {allowed}{count}: what it gives differs by {most} from what the reference has in "
+                f"its place, in {place}; the rest is proven around it"
+            )
+        if self.departed:
+            moved = ", ".join(f"{name} {_said(value)}" for name, value in self.departed.items())
+            yield f"by all departures together the outputs differ: {moved}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -153,6 +190,8 @@ class Proof:
             "causes": list(self.causes),
             "notes": list(self.notes),
             "adapted": list(self.adapted),
+            "departures": [d.as_dict() for d in self.departures],
+            "departed": {name: _finite(value) for name, value in self.departed.items()},
         }
 
     def _repr_html_(self) -> str:
@@ -164,6 +203,10 @@ class Proof:
     def __str__(self) -> str:
         head = f"{self.verdict}: {self.message}" if self.message else self.verdict
         return "\n".join([head, *self._sentences()])
+
+
+def _said(value: float) -> str:
+    return f"{value:.1e}" if value != float("inf") else "(not comparable)"
 
 
 def _finite(value: float) -> float | None:

@@ -41,11 +41,13 @@ def find(
     *,
     kept: frozenset[str] = frozenset(),
     links: Mapping[str, Expr] | None = None,
+    departing: tuple[str, ...] = (),
 ) -> Plan:
     """The plan that makes `target` compute what the probe's reference computes on the search input.
 
     kept: target names whose values stay as they are (an earlier graft's). Returns a plan without a verdict (the proof
     gives it), or one that says "refuted" and why in `diagnosis` where no mapping reproduces the reference's outputs.
+    departing: modules of the target that compute something else on purpose; the mapping is looked for around them.
     Raises GraftError where the reference does not hold the source's weights, or a side fails to run.
     """
     from surgery import twin
@@ -55,6 +57,14 @@ def find(
     from surgery.mapper.reference import Reference
     from surgery.mapper.search import Search
     from surgery.mapper.tables import Tables
+
+    def call_target(module: nn.Module, x: Any) -> Any:
+        if not departing:
+            return probe.call_target(module, x)
+        from surgery.departure import cut_out
+
+        with cut_out(module, departing):
+            return probe.call_target(module, x)
 
     inputs = Tables()
     links = dict(links) if links is not None else link(probe.reference, source)
@@ -73,7 +83,7 @@ def find(
         sizes = None if keep else frozenset[int]()
         mine, weights = twin.twin(target, exact | values, written=not made_up), floats - inputs.mine
         return record(
-            probe.call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any, made_up=made_up
+            call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any, made_up=made_up
         )
 
     def blank() -> Tape:
@@ -122,7 +132,7 @@ def find(
         if won is not None:
             won.constant |= {n: own[n].double() for n in inputs.mine}
             best = won
-    return _plan(source, target, best, dict(links), own, kept, found=won is not None)
+    return _plan(source, target, best, dict(links), own, kept, found=won is not None, departing=bool(departing))
 
 
 def _ran(side: str, run: Callable[[], Tape]) -> Tape:
@@ -242,6 +252,7 @@ def _plan(
     kept: frozenset[str],
     *,
     found: bool,
+    departing: bool = False,
 ) -> Plan:
     """The rows of a hypothesis, in the target's order, and what becomes of the rest of the source."""
     from surgery.dtypes import name_of
@@ -277,6 +288,15 @@ def _plan(
         else:
             unsettled.append(name)
     exprs = {n: row.expr for n, row in rows.items() if row.expr is not None}
+    if departing:
+        from surgery.mapper import holes
+
+        inside = holes.completed(h, target, unsettled, exprs, links, source)
+        for name, expr in inside.items():
+            t = own[name]
+            rows[name] = Row(name, Status.FILLED, expr, tuple(t.shape), name_of(t.dtype), evidence=holes.INSIDE)
+        unsettled = [name for name in unsettled if name not in inside]
+        exprs |= inside
     for name in unsettled:
         rows[name] = row = _unsettled(name, own[name], exprs, source, h)
         if row.expr is not None:

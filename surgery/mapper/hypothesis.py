@@ -38,7 +38,7 @@ class Choice:
 
 FORKED = (
     "env", "bound", "recipes", "constant", "template", "where", "virtual", "grids", "unknown", "hopeless", "prints",
-    "tables", "passed",
+    "tables", "passed", "stood",
 )  # fmt: skip
 SHELVED = 1 << 20  # elements of activations that a hypothesis put aside may hold
 HELD = 1 << 16  # elements of a value made of weights that is held; a larger one is made again where it is needed
@@ -80,6 +80,7 @@ class Hypothesis(Affine):
         self.tables: dict[tuple[object, ...], Tensor] = {}  # products with settled columns, by node and piece
         self.last: list[bool | None] = []
         self.where: dict[int, int] = {}  # target value -> reference value that it was found equal to
+        self.stood: dict[int, int] = {}  # a departure's hole -> the reference's value that was put there
         self.stuck = ""  # the first module for whose weights nothing in the reference fits
         self.parted = ""  # the first module whose input occurs in the reference and whose output does not
         self.version = 0

@@ -30,6 +30,7 @@ from surgery.mapper.tape import Fingerprint as Fingerprint
 from surgery.mapper.tape import FingerprintIndex as FingerprintIndex
 from surgery.mapper.tape import Node as Node
 from surgery.mapper.tape import Ref as Ref
+from surgery.mapper.tape import Replaced as Replaced
 from surgery.mapper.tape import Tape as Tape
 from surgery.mapper.tape import Value as Value
 from surgery.mapper.tape import fingerprint as fingerprint
@@ -235,6 +236,21 @@ class Recorder(TorchDispatchMode):
         node = Node("sync", (Ref(vid),), {"saw": twin.lift(t).detach().clone()}, (), self.where(), (vid,))
         self.tape.consumers[vid].append(len(self.tape.nodes))
         self.tape.nodes.append(node)
+
+    def replace(self, t: Tensor, value: Tensor, call: tuple[str, int, int], since: int) -> None:
+        """`value` goes on in place of `t`, which a call of a module gave. `call`: the module's path, and as which of
+        its calls and of the tensors in it; `since`: the number of nodes before it. To be called while nothing is
+        recorded."""
+        own, nodes = self.vid(t), range(since, len(self.tape.nodes))
+        inside = {o for n in nodes for o in self.tape.nodes[n].outs}
+        used = [v for n in nodes for v in self.tape.nodes[n].inputs]
+        taken = (v for v in dict.fromkeys([*used, own]) if v not in inside and self.tape.values[v].data)
+        leaf = Value(tuple(value.shape), value.dtype, "input", data=True, weights=True)
+        leaf.fingerprint = fingerprint(value)
+        given = self.add(value, leaf)
+        leaf.tensor = value.detach().clone()
+        end = len(self.tape.nodes)
+        self.tape.replaced.append(Replaced(*call, tuple(taken), own, given, (since, end)))
 
     def where(self) -> str:
         return self.stack[-1] if self.stack else ""

@@ -18,6 +18,7 @@ from surgery import twin
 from surgery.mapper.affine import Affine, NotAffine
 from surgery.mapper.align import function
 from surgery.mapper.grid import Grid
+from surgery.mapper.holes import Holes
 from surgery.mapper.hypothesis import Choice, Hypothesis
 from surgery.mapper.kinds import base
 from surgery.mapper.meeting import WIDTH, Found, Meeting, Prior, firsts, scaled
@@ -52,6 +53,9 @@ class Search:
         self.accept = accept
         self.meeting = Meeting(reference, prior)
         self.start = Hypothesis(tape, reference, own, maybe_constant)
+        self.holes = Holes(tape, reference)
+        for vid in self.holes.places:
+            self.start.env.pop(vid, None)
         self.reserve: list[tuple[int, Hypothesis]] = []
         self.shelved = 0  # of the reserve, how many do not hold their activations
 
@@ -109,6 +113,8 @@ class Search:
             for g in out:
                 g.at += 1
             return out
+        if holes := self.holes.open(h, node.inputs):
+            return [g for k in self._filled(h, holes[0]) for g in self._step(k)]
         if any(v in h.tainted for v in node.inputs):
             h.taint(node)
             h.at += 1
@@ -204,9 +210,17 @@ class Search:
         tape = self.again(values)
         h.tape = tape
         for v, val in enumerate(tape.values):
-            if val.origin in ("input", "const") and val.tensor is not None:
+            if val.origin in ("input", "const") and val.tensor is not None and v not in self.holes.places:
                 h.env.setdefault(v, val.tensor)
         return h
+
+    def _filled(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
+        """What stands in the place of what a departure gives, in each way in which it may."""
+        hs = [h]
+        for v in self.holes.places[vid].taken:
+            if h.tape.values[v].dtype.is_floating_point:
+                hs = [g for k in hs for g in self._settle(k, v)]
+        return [g for k in hs for g in self.holes.filled(k, vid)]
 
     def _prune(self, beam: list[Hypothesis]) -> list[Hypothesis]:
         if len(beam) < 2:
@@ -228,8 +242,10 @@ class Search:
     def _settle(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
         """All hypotheses in which `vid` is known, or tainted where nothing in the reference fits: as a whole, or part
         by part where only its parts occur in the reference."""
-        if h.known(vid) is not None or vid in h.tainted:
+        if h.known(vid) is not None or vid in h.tainted or vid in h.gone:
             return [h]
+        if self.holes.open(h, [vid]):
+            return self._filled(h, vid)
         names = h.open_names(vid)
         key = self._key_of(h, vid, names)
         if key in h.recipes and vid not in h.searched and (g := self._as_before(h, vid, key, names)) is not None:

@@ -54,6 +54,19 @@ class Value:
     tensor: Tensor | None = None  # kept where small enough
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """One tensor that a call of a module gave, and the value that went on in its place."""
+
+    module: str
+    call: int  # the how-manieth of this module
+    out: int  # the how-manieth of the tensors that it gave
+    taken: tuple[int, ...]  # values from outside that the call consumed, of those that depend on the inputs
+    own: int  # what the module computed
+    given: int  # what took its place: a leaf of the run, like an input
+    nodes: tuple[int, int]  # those of the call, from and to
+
+
 @dataclass
 class Tape:
     """A recorded run. `result` is what the runner returned, with Ref for tensors."""
@@ -64,9 +77,18 @@ class Tape:
     consumers: list[list[int]] = field(default_factory=list)
     result: Any = None
     lines: dict[int, tuple[str, int]] = field(default_factory=dict)  # by node, where asked for: file and line
+    replaced: list[Replaced] = field(default_factory=list)  # where a departure was cut out (surgery.departure)
 
     def outputs(self) -> list[int]:
         return [r.vid for r in tree_iter(self.result) if isinstance(r, Ref)]
+
+    def inside(self) -> set[int]:
+        """What the calls that were replaced compute."""
+        return {o for r in self.replaced for node in self.nodes[slice(*r.nodes)] for o in node.outs if o >= 0}
+
+    def fed(self) -> list[int]:
+        """What goes into the calls that were replaced."""
+        return list(dict.fromkeys(v for r in self.replaced for v in r.taken))
 
 
 def fingerprint(t: Tensor) -> Fingerprint | None:
