@@ -102,7 +102,7 @@ def cut_out(module: nn.Module, names: Sequence[str], give: Give | None = None) -
                 count += 1
                 places += 1
                 recorder = _recorder()
-                with _disable_current_modes():
+                with _disable_current_modes(), torch._C.DisableTorchFunction():  # nothing of this is the target's
                     own = twin.lift(t) if recorder is not None else t
                     given = give(places - 1, name, own) if give is not None else None
                     value = (own if given is None else given.to(own.device, own.dtype)).detach().clone()
@@ -173,7 +173,7 @@ class DepartingJudge(Judge):
         self._whole: dict[str, float] = {}  # by output: how far it is from the reference's as the target is
 
     def prove(self, wanted: Sequence[str] = ()) -> Proof:
-        plain = self._plain()
+        plain = self._again(Judge, self.device)
         if self._same(plain):
             return self._noted(plain.prove(wanted), self.departing)
         if all(self._within(n) for n in self.values):
@@ -199,14 +199,10 @@ class DepartingJudge(Judge):
             found = replace(found, notes=(*found.notes, count))
         return self._noted(found, {n: p for n, p in still.items() if n not in self.departing})
 
-    def _plain(self) -> Judge:
-        return super()._on(self.device)
-
-    def _on(self, device: torch.device) -> Judge:
-        return DepartingJudge(
-            self.source, self.target, self.plan, self.probe,
-            device=device, links=self.links, blockwise=self.blockwise, departing=self.departing,
-        )  # fmt: skip
+    def _again(self, kind: type[Judge], device: torch.device, **more: Any) -> Judge:
+        """A judge of the same plan."""
+        more |= {"device": device, "links": self.links, "blockwise": self.blockwise}
+        return kind(self.source, self.target, self.plan, self.probe, **more)
 
     def _same(self, plain: Judge) -> bool:
         """Is the target right as it is?"""
@@ -261,8 +257,8 @@ class DepartingJudge(Judge):
         for pattern in dict.fromkeys(self.departing.values()):
             if not any(p == pattern and n in called for n, p in self.departing.items()):
                 raise GraftError(
-                    f"allow_different names {pattern or 'the whole target'}, which is never called, or gives no tensor of numbers: what it "
-                    "computes cannot be told from the rest",
+                    f"allow_different names {pattern or 'the whole target'}, which is never called, or gives no tensor "
+                    "of numbers: what it computes cannot be told from the rest",
                     hint="Name the module whose forward calls it.",
                 )
         barred = _depending(ours, set(self.new)) if self.surfaced else set()
@@ -283,7 +279,9 @@ class DepartingJudge(Judge):
             return all(index.find(fingerprint(e), tolerance) for e in expected if fingerprint(e) is not None)
 
         last = allowed if self.surfaced else set()
-        self.resolved = Resolving(ours, self._theirs(at), ends, barred, last).resolve()
+        own = {n: self.target.get_submodule(n).state_dict(keep_vars=True).values() for n in self.departing}
+        weights = {n: sum(t.numel() for t in held if t.is_floating_point()) for n, held in own.items()}
+        self.resolved = Resolving(ours, self._theirs(at), ends, barred, last, weights).resolve()
 
     def _theirs(self, at: int) -> Theirs:
         if self._last is None or self._last[0] != at:
@@ -298,6 +296,8 @@ class DepartingJudge(Judge):
         if at is None:
             return None
 
+        self._theirs(at)  # before anything of the target is recorded
+
         def give(number: int, module: str, own: Tensor) -> Tensor | None:
             stand = self.resolved.stands.get(number)
             if number >= len(self.places) or self.places[number][0] != module:
@@ -310,9 +310,9 @@ class DepartingJudge(Judge):
                 return None
             value = self._theirs(at).value(stand, tuple(own.shape))
             if value is None:
+                where = stand.module or "its forward"
                 raise GraftError(
-                    f"what stands for {module} in the reference ({stand.module or 'its forward'}) has no counterpart on "
-                    f"{label}",
+                    f"what stands for {module} in the reference, in {where}, has no counterpart on {label}",
                     hint="Leave such inputs out, or name the module around it.",
                 )
             if own.dtype == torch.float64:
@@ -381,7 +381,7 @@ class DepartingJudge(Judge):
                 if hit.residual < surface.INF and hit.places:
                     why += f"; the nearest, in {surface.innermost(hit.places)}, differs by {hit.residual:.1e}"
             results.append((hit.residual, why, hit.places))
-        self._hits[at] = [v for v in found.tapes[-1][1]]
+        self._hits[at] = list(found.tapes[-1][1])
         return results
 
     def _check_into(self, tape: Tape, at: int) -> None:
@@ -402,16 +402,15 @@ class DepartingJudge(Judge):
         return [*gaps, *(f"{n}: {INSIDE}" for n in within)], symmetries, why
 
     def _other_passes(self, wanted: Sequence[str], main: str, places: Mapping[str, Place]) -> Iterator[PassResult]:
-        told = {r.name: r for r in super()._other_passes([n for n in wanted if self._runs(n)], main, places)}
         for name in wanted:
-            if name in told:
-                yield self._around(told[name])
-            elif name != main and not self._runs(name):
+            asked = passes.parse(name)
+            if asked.compiled:
                 yield PassResult(name, "not run", "around a departure nothing goes through torch.compile")
-
-    @staticmethod
-    def _runs(name: str) -> bool:
-        return not passes.parse(name).compiled
+            elif asked.dtype is torch.float64 and name != main and not passes.unavailable(asked):
+                other = self._again(DepartingJudge, asked.device, departing=self.departing)
+                yield replace(other.prove().passes[0], name=name)
+            else:
+                yield from map(self._around, super()._other_passes([name], main, places))
 
     @staticmethod
     def _around(result: PassResult) -> PassResult:

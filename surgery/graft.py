@@ -100,9 +100,7 @@ def graft(
         fits = plan is not None or inner.verdict != "ambiguous"
         if fits:
             inner.check(made.source, infos(module))
-            inner, proof = _judged(
-                made.source, module, inner, made.probe, given=plan is not None, departing=departing
-            )
+            inner, proof = _judged(made.source, module, inner, made.probe, given=plan is not None, departing=departing)
         found = _allowing(made.outward(inner, infos(module)), allowed)
         if proof is not None:
             proof = made.proof(proof, found)

@@ -531,17 +531,13 @@ class Judge:
             if missing:
                 yield PassResult(name, "not run", missing)
             elif parsed.dtype is torch.float64:
-                yield replace(self._on(parsed.device).prove().passes[0], name=name)
+                other = Judge(
+                    self.source, self.target, self.plan, self.probe,
+                    device=parsed.device, links=self.links, blockwise=self.blockwise,
+                )  # fmt: skip
+                yield replace(other.prove().passes[0], name=name)
             else:
                 yield passes.run(self, parsed, places)
-
-
-    def _on(self, device: torch.device) -> Judge:
-        """The same judge on another device."""
-        return Judge(
-            self.source, self.target, self.plan, self.probe,
-            device=device, links=self.links, blockwise=self.blockwise,
-        )  # fmt: skip
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -152,7 +152,7 @@ class Plan:
     proven: tuple[str, ...] = ()  # what running said, a sentence each
     verdict_for: str | None = None  # what the verdict is bound to; filled in where left out
     rules: tuple[str, ...] = ()  # what was asked for otherwise than the source has it, as a file of rules spells it
-    allow_different: tuple[str, ...] = ()  # modules of the target that may depart (globs); the rest is proven around them
+    allow_different: tuple[str, ...] = ()  # modules of the target that may depart, as globs
 
     def __post_init__(self) -> None:
         for name in ("rows", "dropped", "symmetries", "notes", "candidates", "proven", "rules", "allow_different"):

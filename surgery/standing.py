@@ -166,12 +166,30 @@ def orders(theirs: Sequence[int], ours: Sequence[int]) -> Iterator[tuple[int, ..
             yield order
 
 
+def between(tape: Tape, after: Iterable[int], vid: int) -> list[str]:
+    """The parameters that a value is computed with, from these values on."""
+    stop, seen, todo = set(after), set[int](), [vid]
+    found: dict[str, None] = {}
+    while todo:
+        v = todo.pop()
+        if v in seen or v in stop:
+            continue
+        seen.add(v)
+        value = tape.values[v]
+        if value.origin == "param":
+            found[value.name] = None
+        elif value.node >= 0:
+            todo += tape.nodes[value.node].inputs
+    return list(found)
+
+
 def candidates(
-    theirs: Theirs, place: Replaced, shape: Sequence[int], own: Tensor | None, at: Iterable[int]
+    theirs: Theirs, shape: Sequence[int], own: Tensor | None, at: Iterable[int], weights: int
 ) -> list[Stand]:
-    """What may stand in a place, best first. `at`: the reference's values that equal what the module takes; `own`:
-    what the module computes, where that is known."""
-    tape, size = theirs.tape, math.prod(shape)
+    """What may stand in the place of a tensor of this shape, best first. `at`: the reference's values that equal what
+    the module takes; `own`: what it computes, where that is known; `weights`: how many weights it has, which may lie
+    otherwise in the reference, but are as many."""
+    tape, size, at = theirs.tape, math.prod(shape), list(at)
     depth = descendants(tape, at)
     some = [
         v
@@ -200,9 +218,12 @@ def candidates(
             by = [(surface.relative(laid, own), w) for w in ways if (laid := w.laid(held, shape)) is not None]
             near, best = min(by, key=lambda b: b[0])
             if near < NEAR:
-                found.append(((0.0, near, 0.0), best))
+                found.append(((0.0, near), best))
                 continue
-        found += [((1.0 + far, depth[v], i), w) for i, w in enumerate(ways[:LAYOUTS])]
+        used = sum(math.prod(tape.values[tape.params[n]].shape) for n in between(tape, at, v))
+        fits = 1 if depth[v] == 0 else 0 if used == weights else 2  # what it takes itself may be what stands there
+        rank = (1.0, float(fits), far, float(depth[v]))
+        found += [((*rank, float(i)), w) for i, w in enumerate(ways[:LAYOUTS])]
     return [stand for _, stand in sorted(found, key=lambda f: f[0])][:MOST]
 
 
@@ -233,7 +254,9 @@ class Resolving:
         ends: Callable[[Mapping[int, Tensor], Run, float], bool],
         barred: set[int],
         last: set[int],
+        weights: Mapping[str, int],
     ) -> None:
+        self.weights = weights
         self.tape, self.theirs, self.ends, self.barred, self.last = ours, theirs, ends, barred, last
         self.run = Run(ours, ours.outputs())
         self.places = ours.replaced
@@ -273,7 +296,8 @@ class Resolving:
         if not self._used(place):
             return self._next(number, known, stands)
         finite = own if bool(torch.isfinite(own).all()) else None
-        found = candidates(self.theirs, place, tuple(own.shape), finite, at)
+        weights = self.weights.get(place.module, 0)
+        found = candidates(self.theirs, tuple(own.shape), finite, at, weights)
         if not found:
             self._fails(number, stands, "the reference computes nothing of its size from what goes into it")
             return False

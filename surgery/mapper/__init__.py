@@ -82,9 +82,7 @@ def find(
     def again(values: dict[str, Tensor], keep: int = 0, made_up: bool = False) -> Tape:
         sizes = None if keep else frozenset[int]()
         mine, weights = twin.twin(target, exact | values, written=not made_up), floats - inputs.mine
-        return record(
-            call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any, made_up=made_up
-        )
+        return record(call_target, mine, x, weights=weights, keep=keep, sizes=sizes, tables=inputs.any, made_up=made_up)
 
     def blank() -> Tape:
         """The target's operators. Values that it is asked for as it runs are looked at in the search."""

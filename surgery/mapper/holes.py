@@ -8,6 +8,7 @@ What of the module's own weights no run shows is filled by names and shapes, fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from surgery.expr import Expr, Name, names
 from surgery.mapper.names import likeness
 from surgery.mapper.record import Replaced, Tape
-from surgery.standing import Theirs, candidates
+from surgery.standing import Theirs, between, candidates
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -40,11 +41,15 @@ class Holes:
     def filled(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
         """A hypothesis for each activation of the reference that may stand here; what the module takes is settled."""
         place = self.places[vid]
+        if any(v in h.tainted for v in place.taken):
+            h.tainted.add(vid)
+            return [h]
         at = self._taken(h, place)
         own = None if place.own in h.tainted else h.known(place.own)
         shape = h.tape.values[vid].shape
         out = []
-        for i, stand in enumerate(candidates(self.theirs, place, shape, own, at)):
+        weights = sum(t.numel() for n, t in h.own.items() if n.startswith(f"{place.module}.") and t.is_floating_point())
+        for i, stand in enumerate(candidates(self.theirs, shape, own, at, weights)):
             value = self.theirs.value(stand, shape)
             if value is None:
                 continue
@@ -70,23 +75,6 @@ class Holes:
             elif (t := h.known(v)) is not None:
                 found += self.theirs.equal(t, 1e-9) or self.theirs.pieces(t)
         return found or [i for i, v in enumerate(self.reference.tape.values) if v.origin == "input"]
-
-
-def between(tape: Tape, after: Iterable[int], vid: int) -> list[str]:
-    """The parameters that a value is computed with, from these values on."""
-    stop, seen, todo = set(after), set[int](), [vid]
-    found: dict[str, None] = {}
-    while todo:
-        v = todo.pop()
-        if v in seen or v in stop:
-            continue
-        seen.add(v)
-        value = tape.values[v]
-        if value.origin == "param":
-            found[value.name] = None
-        elif value.node >= 0:
-            todo += tape.nodes[value.node].inputs
-    return list(found)
 
 
 def completed(
@@ -135,12 +123,15 @@ def _by_name(
     used = elsewhere | {s for n, e in exprs.items() if n.startswith(prefix) for s in names(e)}
     own = module.state_dict(keep_vars=True)
     found: dict[str, Expr] = {}
-    for name in inside:
-        t = own[name.removeprefix(prefix)]
-        fits = [s for s in sources if s not in used and tuple(source[s].shape) == tuple(t.shape)]
-        best = sorted(fits, key=lambda s, name=name: -likeness(name, s))
-        clear = len(best) == 1 or (len(best) > 1 and likeness(name, best[0]) > likeness(name, best[1]))
-        if clear and not any(isinstance(e, Name) and e.name == best[0] for e in found.values()):
-            found[name] = Name(best[0])
+    more = True
+    while more:  # what one takes is not for another: that may settle it
+        more = False
+        for name in (n for n in inside if n not in found):
+            shape = tuple(own[name.removeprefix(prefix)].shape)
+            fits = [s for s in sources if s not in used and tuple(source[s].shape) == shape]
+            alike = sorted((likeness(name, s) for s in fits), reverse=True)
+            if len(fits) == 1 or (len(fits) > 1 and alike[0] > alike[1]):
+                best = max(fits, key=partial(likeness, name))
+                found[name], more = Name(best), True
+                used.add(best)
     return found
-

@@ -135,6 +135,7 @@ class Search:
         for g in hs:
             if any(v in g.tainted for v in node.inputs):
                 g.taint(node)
+                g.last = [False] if self.holes.places else g.last  # another that stands there may do better
             elif all(g.ready(v) and g.known(v) is not None for v in node.inputs):
                 if node.op == "sync" or node.op in SYNC:
                     g = self._check(g, node)
