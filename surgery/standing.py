@@ -185,10 +185,11 @@ def between(tape: Tape, after: Iterable[int], vid: int) -> list[str]:
 
 def candidates(
     theirs: Theirs, shape: Sequence[int], own: Tensor | None, at: Iterable[int], weights: int
-) -> list[Stand]:
-    """What may stand in the place of a tensor of this shape, best first. `at`: the reference's values that equal what
-    the module takes; `own`: what it computes, where that is known; `weights`: how many weights it has, which may lie
-    otherwise in the reference, but are as many."""
+) -> list[tuple[bool, Stand]]:
+    """What may stand in the place of a tensor of this shape, best first, and whether that is likely: as near as that,
+    or with as many weights. `at`: the reference's values that equal what the module takes; `own`: what it computes,
+    where that is known; `weights`: how many weights it has, which may lie otherwise in the reference, but are as
+    many."""
     tape, size, at = theirs.tape, math.prod(shape), list(at)
     depth = descendants(tape, at)
     some = [
@@ -224,7 +225,11 @@ def candidates(
         fits = 1 if depth[v] == 0 else 0 if used == weights else 2  # what it takes itself may be what stands there
         rank = (1.0, float(fits), far, float(depth[v]))
         found += [((*rank, float(i)), w) for i, w in enumerate(ways[:LAYOUTS])]
-    return [stand for _, stand in sorted(found, key=lambda f: f[0])][:MOST]
+    return [(rank[:2] <= (1.0, 0.0) or rank[0] == 0.0, stand) for rank, stand in sorted(found, key=_rank)][:MOST]
+
+
+def _rank(found: tuple[tuple[float, ...], Stand]) -> tuple[float, ...]:
+    return found[0]
 
 
 @dataclass
@@ -302,8 +307,8 @@ class Resolving:
             self._fails(number, stands, "the reference computes nothing of its size from what goes into it")
             return False
         if self.best.failed <= number:
-            self._fails(number, {**stands, number: found[0]}, "nothing in its place makes what follows equal")
-        for stand in found:
+            self._fails(number, {**stands, number: found[0][1]}, "nothing in its place makes what follows equal")
+        for _, stand in found:
             if self.tries > TRIES or time.monotonic() > self.until:
                 return False
             self.tries += 1

@@ -38,18 +38,20 @@ class Holes:
         """Those of these values that are holes, and not yet filled."""
         return [v for v in vids if v in self.places and v not in h.env and v not in h.tainted and v not in h.gone]
 
-    def filled(self, h: Hypothesis, vid: int) -> list[Hypothesis]:
-        """A hypothesis for each activation of the reference that may stand here; what the module takes is settled."""
+    def filled(self, h: Hypothesis, vid: int) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """A hypothesis for each activation of the reference that may stand here, and those that are to be tried if all
+        of these fail; what the module takes is settled."""
         place = self.places[vid]
         if any(v in h.tainted for v in place.taken):
             h.tainted.add(vid)
-            return [h]
+            return [h], []
         at = self._taken(h, place)
         own = None if place.own in h.tainted else h.known(place.own)
         shape = h.tape.values[vid].shape
-        out = []
+        out: list[Hypothesis] = []
+        later: list[Hypothesis] = []
         weights = sum(t.numel() for n, t in h.own.items() if n.startswith(f"{place.module}.") and t.is_floating_point())
-        for i, stand in enumerate(candidates(self.theirs, shape, own, at, weights)):
+        for i, (likely, stand) in enumerate(candidates(self.theirs, shape, own, at, weights)):
             value = self.theirs.value(stand, shape)
             if value is None:
                 continue
@@ -58,12 +60,12 @@ class Holes:
             g.stood[vid] = self.theirs.by_key[stand.key]
             g.score -= 0.5 * i
             g.last = [None]
-            out.append(g)
-        if not out:
+            (out if likely else later).append(g)
+        if not out and not later:
             h.tainted.add(vid)
             h.stuck = h.stuck or place.module
-            return [h]
-        return out
+            return [h], []
+        return (out, later) if out else (later, [])
 
     def _taken(self, h: Hypothesis, place: Replaced) -> list[int]:
         found = []

@@ -221,7 +221,12 @@ class Search:
         for v in self.holes.places[vid].taken:
             if h.tape.values[v].dtype.is_floating_point:
                 hs = [g for k in hs for g in self._settle(k, v)]
-        return [g for k in hs for g in self.holes.filled(k, vid)]
+        out = []
+        for k in hs:
+            now, later = self.holes.filled(k, vid)
+            out += now
+            self.reserve += [(1, g) for g in later]
+        return out
 
     def _prune(self, beam: list[Hypothesis]) -> list[Hypothesis]:
         if len(beam) < 2:
