@@ -172,10 +172,10 @@ class DepartingJudge(Judge):
         self._hits: dict[int, list[int]] = {}
         self._whole: dict[str, float] = {}  # by output: how far it is from the reference's as the target is
 
-    def prove(self, wanted: Sequence[str] = ()) -> Proof:
+    def prove(self, wanted: Sequence[str] = (), *, anyway: bool = True) -> Proof:
         plain = self._again(Judge, self.device)
         if self._same(plain):
-            return self._noted(plain.prove(wanted), self.departing)
+            return self._noted(plain.prove(wanted, anyway=anyway), self.departing)
         if all(self._within(n) for n in self.values):
             return self._nothing_left()
         still = dict(self.departing)
@@ -184,7 +184,7 @@ class DepartingJudge(Judge):
             self.notes = []
             self._resolve()
             self.target_side = self._side(self._given)
-            proof = super().prove(wanted)
+            proof = super().prove(wanted, anyway=anyway)
             idle = [n for n in self.departing if self.drift.get(n, surface.INF) <= GATE]
             if proof.verdict != "proven" or not idle or len(idle) == len(self.departing):
                 break

@@ -65,6 +65,7 @@ def graft(
     allow_different: Sequence[str] = (),
     kept: Iterable[str] = (),
     fill: bool = True,
+    passes: Sequence[str] = (),
 ) -> Report:
     """Plan (unless a plan is given), prove where there is a probe, and write the values into `target`.
 
@@ -78,11 +79,17 @@ def graft(
     place of what they give, everything after must too. The verdict is then "adapted", and report.proof.departures says
     how far each of them is from the reference; what was filled inside of one is listed, and not proven. A GraftError
     where a name fits no module, or one that is never called.
+
+    `passes` ("device/type"): how both sides are run as well once the float64 proof has passed, as by `verify`. One that
+    fails refutes the graft; one that cannot run is listed as not run.
     """
     from surgery import apply
     from surgery.judge import untouched_generators
 
     needed = _verdict(require)
+    _parsed(passes)
+    if passes and probe is None:
+        raise GraftError("without a probe nothing is run, and passes were asked for", hint="Give a probe.")
     module = _submodule(target, into)
     allowed = _allowed(plan, allow_different)
     departing = _departing(module, allowed, into)
@@ -100,7 +107,9 @@ def graft(
         fits = plan is not None or inner.verdict != "ambiguous"
         if fits:
             inner.check(made.source, infos(module))
-            inner, proof = _judged(made.source, module, inner, made.probe, given=plan is not None, departing=departing)
+            inner, proof = _judged(
+                made.source, module, inner, made.probe, given=plan is not None, departing=departing, passes=passes
+            )
         found = _allowing(made.outward(inner, infos(module)), allowed)
         if proof is not None:
             proof = made.proof(proof, found)
@@ -138,10 +147,8 @@ def verify(
     that may depart (see `graft`), beside those that the plan allows."""
     from surgery.departure import judge_of
     from surgery.judge import untouched_generators
-    from surgery.passes import parse
 
-    for name in passes:
-        parse(name)
+    _parsed(passes)
     module = _submodule(target, into)
     relative = _relative(plan, module, into)
     departing = _departing(module, _allowed(plan, allow_different), into)
@@ -191,12 +198,13 @@ def _judged(
     *,
     given: bool,
     departing: Mapping[str, str],
+    passes: Sequence[str],
 ) -> tuple[Plan, Proof | None]:
     """The plan with the verdict that running gives; without a probe, the one that it has."""
     if probe is not None:
         from surgery.departure import judge_of
 
-        proof = judge_of(source, module, found, probe, departing=departing).prove()
+        proof = judge_of(source, module, found, probe, departing=departing).prove(passes, anyway=False)
         symmetries = dict.fromkeys((*found.symmetries, *proof.symmetries))
         stamped = replace(
             found,
@@ -369,6 +377,15 @@ def _full(found: Plan, target: nn.Module, into: str, kept: frozenset[str]) -> Pl
     if found.verdict is None:
         return whole
     return whole.with_verdict(found.verdict, proven=found.proven)
+
+
+def _parsed(passes: Sequence[str]) -> None:
+    """SurgeryError where one is no pass."""
+    if passes:
+        from surgery.passes import parse
+
+        for name in passes:
+            parse(name)
 
 
 def _verdict(require: str) -> Verdict:

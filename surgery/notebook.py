@@ -31,7 +31,8 @@ def report(of: Report) -> str:
 def proof(of: Proof) -> str:
     """Verdict, the passes, and what was said beside them."""
     head = f"<p><strong>{escape(of.verdict)}</strong>{f': {escape(of.message)}' if of.message else ''}</p>"
-    said = [*(f"{output} is computed at {where}" for output, where in of.surface.items()), *of.causes]
+    said = [*of.departures_said(), *(f"{output} is computed at {where}" for output, where in of.surface.items())]
+    said += of.causes
     said += [*of.not_exercised, *(f"any choice is right: {symmetry}" for symmetry in of.symmetries), *of.notes]
     return f"<div>{head}{_passes(of)}{_list(said)}</div>"
 

@@ -151,7 +151,7 @@ class Proof:
     def _sentences(self) -> Iterator[str]:
         for p in self.passes:
             yield f"{p} on {', '.join(p.inputs)}" if p.inputs else str(p)
-        yield from self._departed()
+        yield from self.departures_said()
         for output, where in self.surface.items():
             yield f"{output} is computed at {where}"
         for cause in self.causes:
@@ -161,7 +161,8 @@ class Proof:
         yield from self.not_exercised
         yield from self.notes
 
-    def _departed(self) -> Iterator[str]:
+    def departures_said(self) -> Iterator[str]:
+        """In words: by what is allowed, which modules depart, and how far."""
         for allowed in dict.fromkeys(d.allowed for d in self.departures):
             several = [d for d in self.departures if d.allowed == allowed]
             worst = max(several, key=lambda d: d.drift)

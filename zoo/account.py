@@ -220,9 +220,13 @@ def reasons(report: surgery.Report) -> Iterator[str]:
 
 def verdict(report: surgery.Report) -> str:
     """The answer in one line."""
+    proof = report.proof
+    but = "the rows that are marked"
+    if proof is not None and proof.departures:
+        but = f"what is allowed to depart, and {but}" if proof.adapted else "what is allowed to depart"
     said = {
         "proven": "the same function, by running both in float64",
-        "adapted": "the same function, but for the rows that are marked",
+        "adapted": f"the same function, but for {but}",
         "consistent": "one mapping fits names, shapes and structure; nothing was run",
         "ambiguous": "more than one mapping fits, and they are not equivalent",
         "refuted": "it ran, and computes something else",

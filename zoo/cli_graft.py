@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo import account
+from zoo import account, passing
 from zoo.cli import command, host_for
 from zoo.errors import NO, ZooError
 from zoo.out import Out
@@ -52,10 +52,14 @@ class Asked:
     layers: str | None = None
     tokenizer: str | None = None
     shrink: bool = False
+    allowed: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()  # to be run beside float64
+    devices: tuple[str, ...] = ()  # "cuda", "cuda/bfloat16": where a pass must have passed
 
 
-def _asks(function: Callable[..., Any], *, required: bool = True) -> Callable[..., Any]:
-    """The arguments and options of plan and graft, gathered in one `Asked`."""
+def _asks(function: Callable[..., Any], *, required: bool = True, passes: bool = False) -> Callable[..., Any]:
+    """The arguments and options of plan and graft, gathered in one `Asked`. `passes`: with those that say how both
+    sides are run as well."""
 
     @click.argument("ref")
     @click.argument("file", metavar="FILE[:CLASS]" if required else "[FILE[:CLASS]]", required=required, default="")
@@ -74,14 +78,56 @@ def _asks(function: Callable[..., Any], *, required: bool = True) -> Callable[..
     @click.option("--tokenizer", metavar="PATH", help="Your own (tokenizer.json, vocab.txt): rows are found by token.")
     @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
     @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
-    @click.option("--require", type=click.Choice(_REQUIRE), default="consistent", help="The least verdict to accept.")
+    @click.option(
+        "--allow-different",
+        "allowed",
+        multiple=True,
+        metavar="MODULE",
+        help="This module of yours (a glob) departs on purpose: prove the rest around it; repeatable.",
+    )
     @click.option("--why", is_flag=True, help="Show every row, with its evidence.")
     @wraps(function)
     def wrapped(out: Out, **options: Any) -> Any:
+        wants = options.pop("require", None) or ()
+        options |= _required(wants) if passes else {"require": wants or "consistent"}
+        if passes:
+            options["passes"] = passing.wanted(
+                options.pop("on"), options["devices"], options.pop("compiled"), machine=False
+            )
         own = {name: options.pop(name) for name in ("output", "force", "html", *_FILING) if name in options}
         return function(out, Asked(**options), **own)
 
-    return wrapped
+    return _with_passes(wrapped) if passes else _LEAST(wrapped)
+
+
+_LEAST = click.option("--require", type=click.Choice(_REQUIRE), help="The least verdict to accept; else consistent.")
+
+
+def _with_passes(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--compile", "compiled", is_flag=True, help="Through torch.compile as well, both sides."),
+        click.option(
+            "--require",
+            multiple=True,
+            metavar="VERDICT|DEVICE[/DTYPE]",
+            help=f"The least verdict to accept ({', '.join(_REQUIRE)}); or: the answer is no where this was not run "
+            "and passed, as in cuda; repeatable.",
+        ),
+        click.option(
+            "--on", multiple=True, metavar="DEVICE/DTYPE", help="Run it so as well, as in cuda/bfloat16; repeatable."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _required(wants: tuple[str, ...]) -> dict[str, Any]:
+    """What --require says: the least verdict, and the devices and types that a pass must have passed on."""
+    verdicts = [each for each in wants if each in _REQUIRE]
+    if len(set(verdicts)) > 1:
+        raise click.UsageError(f"--require names {' and '.join(dict.fromkeys(verdicts))}, and one verdict is the least")
+    devices = tuple(each for each in wants if each not in _REQUIRE)
+    return {"require": verdicts[0] if verdicts else "consistent", "devices": devices}
 
 
 @command("plan", "Show where each tensor of your module would come from, and prove it. Writes nothing.")
@@ -99,7 +145,7 @@ def plan(out: Out, asked: Asked) -> int:
 
 
 @command("graft", "Fill your module with pretrained weights, prove it, and write them beside it.")
-@partial(_asks, required=False)
+@partial(_asks, required=False, passes=True)
 @click.option("-o", "--output", metavar="OUT.safetensors", help="Where to; the plan is written beside it.")
 @click.option("--force", is_flag=True, help="Write although the answer is no.")
 @click.option("--html", metavar="REPORT.html", help="Write the report as a page too, whatever the answer is.")
@@ -112,11 +158,17 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
 
     files = to_file.Filing(**filing)
     files.check(asked, output)
+    if asked.static and asked.passes:
+        raise click.UsageError(f"{asked.passes[0]} was asked for, and --static runs nothing")
     weights = written.destination(output, asked.file)
     written.check_free(weights, asked.plan, shards=files.shard_size is not None)
     if files.to_file and asked.plan is not None:
         if html is not None:
             raise ZooError("--html shows a proof, and --to-file with --plan runs nothing", hint="leave out one of them")
+        if asked.passes:
+            raise ZooError(
+                f"{asked.passes[0]} was asked for, and --to-file with --plan runs nothing", hint="leave out one of them"
+            )
         return to_file.convert(out, asked, files, weights, force=force)
     page = _page_for(html)
     job = replace(_prepare(out, asked), fill=not files.to_file)
@@ -129,7 +181,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
     elif good:
         wrote = written.write(job.target.model, report.plan, weights, verdict=str(report.verdict))
     if page is not None:
-        _write_page(page, job, report, asked.into, wrote=wrote)
+        _write_page(page, job, report, asked.into, wrote=wrote, passes=asked.passes)
     _tell(out, job, asked, report, wrote)
     if page is not None:
         out.note(f"the report is {page}")
@@ -277,7 +329,17 @@ def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, lea
     from zoo.grafting import operate
 
     try:
-        return operate(job.source, job.target.model, way, plan=given, into=asked.into, require=least, fill=job.fill)
+        return operate(
+            job.source,
+            job.target.model,
+            way,
+            plan=given,
+            into=asked.into,
+            require=least,
+            fill=job.fill,
+            allow_different=asked.allowed,
+            passes=asked.passes if way.probe is not None else (),
+        )
     except surgery.GraftError as error:
         if error.report is None:
             raise
@@ -318,7 +380,14 @@ def _rank(verdict: str) -> int:
 def _accepted(report: surgery.Report, asked: Asked, *, force: bool) -> bool:
     if force or (asked.accept is not None and str(report.verdict) == "ambiguous" and not report.candidates):
         return True
-    return report.verdict.rank >= _rank(asked.require)
+    return report.verdict.rank >= _rank(asked.require) and not _unmet(report, asked)
+
+
+def _unmet(report: surgery.Report, asked: Asked) -> list[str]:
+    """What is required of passes, and was not met."""
+    if report.proof is None:
+        return [f"{name} is required, and nothing was run" for name in asked.devices]
+    return list(passing.unmet(report.proof, asked.devices))
 
 
 def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[Path]) -> None:
@@ -328,6 +397,8 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
         "source": job.source.located.where,
         "target": str(job.target),
         "notes": [*report.plan.notes, *job.notes],
+        "required": list(asked.devices),
+        "unmet": _unmet(report, asked),
         "wrote": [str(path) for path in wrote],
     }
 
@@ -340,7 +411,8 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
             lines.append(account.render(report, why=asked.why, width=width))
             lines += account.wrapped([f"  {note}" for note in job.notes], width)
         lines.append(out.style(account.verdict(report), "green" if good else "red"))
-        lines += account.wrapped([*account.reasons(report), *account.candidates(report)], width)
+        unmet = [f"  {each}" for each in _unmet(report, asked)]
+        lines += account.wrapped([*account.reasons(report), *unmet, *account.candidates(report)], width)
         lines += [account.counts(report)] if report.rows else []
         lines += [f"{'wrote' if i == 0 else '     '} {path}" for i, path in enumerate(wrote)]
         return "\n".join(lines)
@@ -355,6 +427,8 @@ def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
         out.hint("nothing was written; --why shows what was found, --force writes it all the same")
     elif report.verdict.rank < _rank(asked.require):
         out.hint(f"nothing was written: {report.verdict} is less than {asked.require}, which is required")
+    elif _unmet(report, asked):
+        out.hint("nothing was written; without --require of a device it is, or --force writes it all the same")
 
 
 # ---------------------------------------------------------------------------------------------------- the page

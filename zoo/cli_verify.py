@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo import account
+from zoo import account, passing
 from zoo.cli import command
 from zoo.cli_graft import Asked, Job, _page_for, _prepare, _running, _write_page
 from zoo.errors import NO, ZooError
@@ -17,7 +17,7 @@ from zoo.out import Out, size, table
 
 if TYPE_CHECKING:
     import surgery
-    from surgery.proof import PassResult, Proof
+    from surgery.proof import Proof
     from zoo.attempts import Attempt
 
 
@@ -52,6 +52,13 @@ if TYPE_CHECKING:
     default=None,
     help="Raise the weights of one operator at a time to float64. Else where both models do not fit in float64.",
 )
+@click.option(
+    "--allow-different",
+    "allowed",
+    multiple=True,
+    metavar="MODULE",
+    help="Prove the rest around this module of yours (a glob), beside those that the plan allows; repeatable.",
+)
 @click.option("--html", metavar="REPORT.html", help="Write what it says as a page too, whatever the answer is.")
 def verify(
     out: Out,
@@ -68,12 +75,13 @@ def verify(
     required: tuple[str, ...],
     compiled: bool,
     blockwise: bool | None,
+    allowed: tuple[str, ...],
     html: str | None,
 ) -> int:
     from zoo import written
 
     page = _page_for(html)
-    passes = _passes(on, required, compiled)
+    passes = passing.wanted(on, required, compiled, machine=True)
     path = written.destination(weights, file)
     made = written.read(path)
     asked = Asked(
@@ -84,9 +92,9 @@ def verify(
     if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
     with _running(job.target):
-        proof, way = _verified(job, made.plan, passes, into, blockwise)
+        proof, way = _verified(job, made.plan, passes, into, blockwise, allowed)
     proven = proof.verdict in ("proven", "adapted")
-    unmet = list(_unmet(proof, required))
+    unmet = list(passing.unmet(proof, required))
     verdict = "differs" if wrong and proven else proof.verdict
     message = "; ".join([*wrong, *([proof.message] if proof.message else []), *unmet])
     good = proven and not wrong and not unmet
@@ -120,47 +128,6 @@ def verify(
     if wrong:
         out.hint(f"zoo graft {ref} {file} -o {path} --plan {made.path} applies the plan as it is, and verifies it")
     return 0 if good else NO
-
-
-def _passes(on: tuple[str, ...], required: tuple[str, ...], compiled: bool) -> tuple[str, ...]:
-    """The passes to run: those that were asked for, or all of this machine; those that are required; and those through
-    torch.compile."""
-    from surgery import passes
-
-    wanted = dict.fromkeys(on or passes.of_machine())
-    for name in wanted:
-        passes.parse(name)
-    for name in required:
-        if not any(_answers(each, name) for each in wanted):
-            wanted.update(dict.fromkeys([name] if "/" in name else passes.of_device(name)))
-        if "/" in name:
-            passes.parse(name)
-    if compiled:
-        plain = [n for n in wanted if passes.COMPILE not in n and not n.endswith("/float64")]
-        if not plain:
-            raise ZooError(
-                "--compile: the float64 proof runs operator by operator, and no other pass was asked for",
-                hint="add one, as in --on cpu/float32",
-            )
-        wanted.update(dict.fromkeys(name + passes.COMPILE for name in plain))
-    return tuple(wanted)
-
-
-def _answers(name: str, required: str) -> bool:
-    """Is this pass one of those required? "cuda" asks for every pass on it, "cuda/bfloat16" for that one."""
-    device = name.partition("/")[0]
-    return required in (name, device, device.partition(":")[0])
-
-
-def _unmet(proof: Proof, required: tuple[str, ...]) -> Iterator[str]:
-    for name in required:
-        for each in proof.passes:
-            if _answers(each.name, name) and each.status != "passed":
-                yield f"{name} is required, and {each.name} {_outcome(each)}"
-
-
-def _outcome(each: PassResult) -> str:
-    return f"was not run: {each.why}" if each.status == "not run" else f"{each.status}: {each.why}"
 
 
 def _ran(proof: Proof) -> Iterator[str]:
@@ -200,7 +167,12 @@ def _settings(known: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _verified(
-    job: Job, plan: surgery.Plan, passes: tuple[str, ...], into: str, blockwise: bool | None
+    job: Job,
+    plan: surgery.Plan,
+    passes: tuple[str, ...],
+    into: str,
+    blockwise: bool | None,
+    allowed: tuple[str, ...],
 ) -> tuple[Proof, Attempt]:
     """The proof of a plan, by the way it was made; and that way."""
     import surgery
@@ -214,7 +186,15 @@ def _verified(
             continue  # the plan was proven for more than that
         held = job.source.checkpoint
         run = partial(
-            surgery.verify, held, job.target.model, plan, passes=passes, rules=way.rules, into=into, blockwise=blockwise
+            surgery.verify,
+            held,
+            job.target.model,
+            plan,
+            passes=passes,
+            rules=way.rules,
+            into=into,
+            blockwise=blockwise,
+            allow_different=allowed,
         )
         try:
             proof = run(probe=way.probe)

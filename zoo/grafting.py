@@ -5,7 +5,7 @@ Both `zoo.graft` and the command line go through here; neither knows how a refer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ def operate(
     into: str = "",
     require: str = "consistent",
     fill: bool = True,
+    allow_different: Sequence[str] = (),
+    passes: Sequence[str] = (),
 ) -> surgery.Report:
     """surgery.graft, for a reference that may answer for more than the target has.
 
@@ -50,9 +52,11 @@ def operate(
             into=into,
             require=require,
             fill=fill,
+            allow_different=allow_different,
+            passes=passes,
         )
     except surgery.GraftError as error:
-        report = _on_the_rest(source, model, attempt, error, into, require, fill)
+        report = _on_the_rest(source, model, attempt, error, into, require, fill, passes)
     report = _costed(source, attempt, report)
     if attempt.narrowed:
         report = replace(report, plan=replace(report.plan, notes=(*report.plan.notes, attempt.narrowed)))
@@ -78,6 +82,7 @@ def _on_the_rest(
     into: str,
     require: str,
     fill: bool,
+    passes: Sequence[str],
 ) -> surgery.Report:
     """The graft again by the plan that was found, proven on the outputs that the target has; or the error."""
     import surgery
@@ -91,7 +96,15 @@ def _on_the_rest(
         raise error
     less, found = with_outputs(probe, kept), replace(report.plan, diagnosis="")
     again = surgery.graft(
-        source.checkpoint, model, probe=less, plan=found, rules=attempt.rules, into=into, require=require, fill=fill
+        source.checkpoint,
+        model,
+        probe=less,
+        plan=found,
+        rules=attempt.rules,
+        into=into,
+        require=require,
+        fill=fill,
+        passes=passes,
     )
     note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
     return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))
@@ -158,21 +171,38 @@ def graft(
     tokenizer: Any = None,
     into: str = "",
     require: str = "consistent",
+    allow_different: Sequence[str] = (),
+    passes: Sequence[str] = (),
 ) -> surgery.Report:
     """Fill `target` with the weights behind `ref`, and prove it. The model changes only if the verdict is good enough.
 
     `example` is what the target's forward takes (a tensor, a tuple or a dict by name), where its parameters' names do
     not say; `probe` replaces the entry's own reference; `into` grafts into a submodule. `rules` say what is wanted
     otherwise than the source has it (surgery.rules). `tokenizer` is the target's own (an object of tokenizers or
-    transformers, or a path): then rows of the vocabulary are found by token, and not by number.
+    transformers, or a path): then rows of the vocabulary are found by token, and not by number. `allow_different` names
+    modules of the target (by path; globs) that compute something else on purpose: the rest is proven around them.
+    `passes` ("cuda/bfloat16"): how both sides are run as well, beside float64.
     """
     import surgery
     from zoo.target import checked_example
 
     source = resolve(ref, part=part)
+
+    def run(way: Attempt) -> surgery.Report:
+        return operate(
+            source,
+            target,
+            way,
+            plan=plan,
+            into=into,
+            require=require,
+            allow_different=allow_different,
+            passes=passes,
+        )
+
     if probe is not None:
         way = Attempt(probe, rules=surgery.rules.checked(rules))
-        return operate(source, target, way, plan=plan, into=into, require=require)
+        return run(way)
     given = None if example is None else checked_example(example, "example")
     ways = attempts(
         source,
@@ -186,16 +216,16 @@ def graft(
     )
     errors: list[surgery.GraftError] = []
 
-    def run(way: Attempt) -> surgery.Report:
+    def tried(way: Attempt) -> surgery.Report:
         try:
-            return operate(source, target, way, plan=plan, into=into, require=require)
+            return run(way)
         except surgery.GraftError as error:
             if error.report is None:
                 raise
             errors.append(error)
             return error.report
 
-    report, _ = best_of(ways, run, surgery.Verdict(require))
+    report, _ = best_of(ways, tried, surgery.Verdict(require))
     for error in errors:
         if error.report is report:
             raise error

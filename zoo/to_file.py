@@ -57,6 +57,7 @@ class Filing:
                 "--tokenizer": asked.tokenizer,
                 "--accept": asked.accept,
                 "--shrink": asked.shrink or None,
+                "--allow-different": asked.allowed or None,
             }
             for option, each in given.items():
                 if each is not None:
