@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_map
 
 from surgery import passes, surface, twin
-from surgery.errors import GraftError
+from surgery.errors import GraftError, SurgeryError
 from surgery.exercise import Exercise
 from surgery.judge import Comparison, Judge
 from surgery.mapper.record import FingerprintIndex, Recorder, Tape, fingerprint
@@ -43,7 +43,7 @@ Give = Callable[[int, str, Tensor], "Tensor | None"]  # (number of the place, mo
 def matched(target: nn.Module, allowed: Sequence[str], into: str = "") -> dict[str, str]:
     """The modules that these patterns (globs over module paths) name, each with its pattern; of modules inside one
     another, the outer one. Paths are those of `target`, or, with `into`, of what is grafted into: both are understood,
-    and what is given back is relative to it. GraftError where a pattern names none."""
+    and what is given back is relative to it. SurgeryError where a pattern names none."""
     known = [name for name, _ in target.named_modules()]
     outer = f"{into}." if into else ""
     found: dict[str, str] = {}
@@ -54,7 +54,7 @@ def matched(target: nn.Module, allowed: Sequence[str], into: str = "") -> dict[s
             import difflib
 
             close = difflib.get_close_matches(pattern, [n for n in known if n], n=3)
-            raise GraftError(
+            raise SurgeryError(
                 f"allow_different names {pattern or 'the whole'}, which the target does not have"
                 f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''}",
                 hint="Name modules by their path in the target, as in blocks.3.act; a star stands for any part of it.",
@@ -256,7 +256,7 @@ class DepartingJudge(Judge):
         called = {module for module, _ in self.places}
         for pattern in dict.fromkeys(self.departing.values()):
             if not any(p == pattern and n in called for n, p in self.departing.items()):
-                raise GraftError(
+                raise SurgeryError(
                     f"allow_different names {pattern or 'the whole target'}, which is never called, or gives no tensor "
                     "of numbers: what it computes cannot be told from the rest",
                     hint="Name the module whose forward calls it.",

@@ -77,7 +77,7 @@ def graft(
     `allow_different` names modules of the target (by path; globs) that compute something else on purpose. The rest is
     proven around them: what goes into them must occur in the reference, and with the reference's own activation in
     place of what they give, everything after must too. The verdict is then "adapted", and report.proof.departures says
-    how far each of them is from the reference; what was filled inside of one is listed, and not proven. A GraftError
+    how far each of them is from the reference; what was filled inside of one is listed, and not proven. A SurgeryError
     where a name fits no module, or one that is never called.
 
     `passes` ("device/type"): how both sides are run as well once the float64 proof has passed, as by `verify`. One that

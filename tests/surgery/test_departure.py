@@ -198,12 +198,12 @@ def test_nothing_of_its_size(bert: nn.Module) -> None:
 
 
 def test_names_that_fit_nothing(bert: nn.Module) -> None:
-    with pytest.raises(surgery.GraftError, match=r"ffn\.9, which .* does not have; did you mean blocks") as caught:
+    with pytest.raises(surgery.SurgeryError, match=r"ffn\.9, which .* does not have; did you mean blocks") as caught:
         around(bert, pairs.Encoder(), "blocks.0.ffn.9")
     assert "star" in caught.value.hint
     target = pairs.Encoder(gelu="tanh")
     target.idle = nn.GELU()
-    with pytest.raises(surgery.GraftError, match="idle, which is never called"):
+    with pytest.raises(surgery.SurgeryError, match="idle, which is never called"):
         around(bert, target, "idle", plan=pairs.plan(bert.state_dict(), target))
 
 

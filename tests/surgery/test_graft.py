@@ -367,7 +367,7 @@ def test_unknown_submodules(bert: nn.Module) -> None:
     with pytest.raises(surgery.GraftError, match="no submodule towers.lft") as caught:
         surgery.graft(bert.state_dict(), Both(), into="towers.lft")
     assert "towers.left" in caught.value.hint
-    with pytest.raises(surgery.GraftError, match="allow_different names nothing"):
+    with pytest.raises(surgery.SurgeryError, match="allow_different names nothing"):
         right(bert, pairs.Encoder(), allow_different=["nothing"])
 
 
