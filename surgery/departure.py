@@ -334,8 +334,25 @@ class DepartingJudge(Judge):
         finally:
             self._with, self._last = own, None
 
+    def _storage(self) -> float:
+        with self._measured():
+            return super()._storage()
+
+    def _recorded(self, exercise: Exercise) -> None:
+        with self._measured():
+            super()._recorded(exercise)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """What was measured so far stays: what runs inside is with other values."""
+        before = dict(self.drift), dict(self._into), dict(self._hits)
+        try:
+            yield
+        finally:
+            self.drift, self._into, self._hits = before
+
     def compare(self, expected: list[list[Tensor]], target: nn.Module, exercise: Exercise | None = None) -> Comparison:
-        self._into = {}
+        self._into, self.drift = {}, {}
         found = super().compare(expected, target, exercise or self._nothing)
         for module, (apart, at) in self._into.items():
             if apart > GATE:

@@ -386,3 +386,82 @@ def test_gpt2_with_an_activation_far_from_the_sources() -> None:
     assert grafted(source, target, tokens, "h.*.mlp.act", surface=True).verdict == "adapted"
     with pytest.raises(surgery.GraftError, match=r"around h\.1\.mlp\.act: h\.0\.mlp\.act"):
         grafted(source, gpt2(activation_function="relu"), tokens, "h.1.mlp.act", surface=True)
+
+
+def test_what_does_not_depart_is_proven_though_storing_rounds(bert: nn.Module) -> None:
+    target = pairs.Encoder().bfloat16()
+    target.blocks[0].ffn[1] = nn.GELU("tanh")
+    report = around(bert, target, ACT, plan=pairs.plan(bert.state_dict(), target))
+    assert report.verdict == "adapted"
+    assert report.proof.storage > 1e-4
+    assert [d.module for d in report.proof.departures] == ["blocks.0.ffn.1"]
+
+
+class Leaking(nn.Module):
+    """Writes into what it is given, which others read after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(0.5) * 2
+
+
+def test_what_a_departure_writes_elsewhere_is_seen(bert: nn.Module) -> None:
+    target = pairs.Encoder()
+    target.norm = nn.Sequential(target.norm, Leaking())  # of no other effect
+    rows = {n.replace("norm.", "norm.0.") if n.startswith("norm.") else n: e for n, e in PLAIN.items()}
+    plan = pairs.plan_of(bert.state_dict(), target, rows)
+    assert around(bert, target, "norm.1", plan=plan).verdict == "proven"
+    for block in target.blocks:
+        block.mix = Before(block.mix)
+    rows = {n.replace(".mix.", ".mix.inner."): e for n, e in rows.items()}
+    plan = pairs.plan_of(bert.state_dict(), target, rows)
+    assert refused(bert, target, "blocks.*.mix.first", plan=plan).verdict == "refuted"
+
+
+PLAIN = pairs.expressions(pairs.Encoder())
+
+
+class Before(nn.Module):
+    """The residual reads what `first` has written into."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner = Leaking(), inner
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        return self.inner(self.first(x), mask)
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, lambda: nn.ReLU6(inplace=True)])
+def test_resnet_with_one_activation_called_twice(act: Callable[[], nn.Module]) -> None:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    source = pairs.shaken(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7)).eval()
+    target = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
+    for module in list(target.modules()):
+        if hasattr(module, "relu"):
+            module.relu = act()
+
+    def images(seed: int) -> Tensor:
+        return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+    probe = surgery.Probe(source, lambda m, x: m(x), None, images)
+    report = surgery.graft(source.state_dict(), target, probe=probe, allow_different=["*relu"])
+    assert report.verdict == "adapted"
+    assert [d.module for d in report.proof.departures] == [n for n, _ in target.named_modules() if n.endswith("relu")]
+    assert not inside(report)
+    assert all(str(row.expr) == row.target for row in report.plan.rows if row.expr is not None)
+
+
+def test_t5_with_another_eps() -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    size = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    source = pairs.shaken(T5EncoderModel(T5Config(**size))).eval()
+    target = T5EncoderModel(T5Config(**size, layer_norm_epsilon=1e-2)).eval()
+    report = grafted(source, target, tokens, "*layer_norm", surface=True)
+    assert report.verdict == "adapted"
+    assert {d.module: d.reference for d in report.proof.departures} == {
+        n: n for n, _ in target.named_modules() if n.endswith("layer_norm")
+    }
