@@ -241,7 +241,8 @@ def _report(
 def _refusal(report: Report, needed: Verdict) -> GraftError:
     hints = {
         Verdict.AMBIGUOUS: "Give a probe, or choose one of report.candidates and pass it as plan=.",
-        Verdict.REFUTED: "See report.proof.divergence; require='refuted' writes the values all the same.",
+        Verdict.REFUTED: "See report.proof.divergence; allow_different=[MODULE] where that is meant; "
+        "require='refuted' writes the values all the same.",
         Verdict.CONSISTENT: "Give a probe: only running can prove it.",
         Verdict.ADAPTED: "Rows of an approximate op cannot be proven; require='adapted' takes them.",
     }

@@ -424,11 +424,18 @@ def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
     if str(report.verdict) == "ambiguous" and report.candidates:
         out.hint("nothing was written; --accept N takes a candidate")
     elif str(report.verdict) in ("ambiguous", "refuted"):
-        out.hint("nothing was written; --why shows what was found, --force writes it all the same")
+        out.hint(f"nothing was written; --why shows what was found, {_meant(report)}--force writes it all the same")
     elif report.verdict.rank < _rank(asked.require):
         out.hint(f"nothing was written: {report.verdict} is less than {asked.require}, which is required")
     elif _unmet(report, asked):
         out.hint("nothing was written; without --require of a device it is, or --force writes it all the same")
+
+
+def _meant(report: surgery.Report) -> str:
+    """What to type where the two part on purpose."""
+    parted = report.proof.divergence if report.proof is not None else None
+    known = parted is not None and parted.target_module and not report.plan.allow_different
+    return f'--allow-different "{parted.target_module}" where it is meant, ' if parted and known else ""
 
 
 # ---------------------------------------------------------------------------------------------------- the page
