@@ -153,7 +153,7 @@ def frontend(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe
     known = configured(checkpoint, config)
     module = zoo.unfilled(lambda: Frontend(_encoder(_with(known, encoder_layers=0))))
     zoo.fill(module, checkpoint, Names(checkpoint).under("encoder."))
-    return zoo.PartProbe(module, lambda m, x: (m(**x),), _features(known), variants=("plain",), outputs=("embeddings",))
+    return zoo.PartProbe(module, lambda m, x: (m(**x),), _features(known), variants=_SOUNDS, outputs=("embeddings",))
 
 
 def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
@@ -165,7 +165,7 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         module,
         lambda m, x: (m(**x).last_hidden_state,),
         _features(known),
-        variants=("plain",),
+        variants=_SOUNDS,
         outputs=("last_hidden_state",),
     )
 
@@ -225,6 +225,8 @@ def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
 Inputs = Callable[[int, str], dict[str, Tensor]]
 _IDS = ("plain", "shortest", "longest")
+_SOUNDS = ("plain", "clip")
+_SILENCE = 1e-10  # below it no power of a mel band counts, as in Whisper's own front end
 
 
 def _batch(config: WhisperConfig) -> int:
@@ -232,14 +234,32 @@ def _batch(config: WhisperConfig) -> int:
 
 
 def _features(config: WhisperConfig) -> Inputs:
-    """The encoder takes one length only, which its table of positions fixes."""
+    """The encoder takes one length only, which its table of positions fixes. `clip` is a short and loud recording with
+    silence after it; where several fit into a batch, the second is silent throughout, and a third is loud throughout.
+    """
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         shape = (_batch(config), config.num_mel_bins, 2 * config.max_source_positions)
-        return {"input_features": torch.randn(shape, generator=draw)}
+        if variant == "plain":
+            return {"input_features": torch.randn(shape, generator=draw)}
+        if variant != "clip":
+            raise ValueError(f'no variant "{variant}"; there are {", ".join(_SOUNDS)}')
+        rows = 3 if shape[0] > 1 else 1
+        power = 1e4 * torch.rand((rows, *shape[1:]), generator=draw).square()
+        power[0, :, max(1, shape[2] // 8) :] = 0.0
+        power[1:2] = 0.0
+        return {"input_features": _logged(power)}
 
     return inputs
+
+
+def _logged(power: Tensor) -> Tensor:
+    """Features of a mel spectrogram of powers, by the rule of Whisper's front end (transformers,
+    WhisperFeatureExtractor): logarithm, at most eight decades below the loudest, and scaled."""
+    found = power.clamp_min(_SILENCE).log10()
+    loudest = found.amax(dim=(1, 2), keepdim=True)
+    return (torch.maximum(found, loudest - 8.0) + 4.0) / 4.0
 
 
 def _ids(config: WhisperConfig) -> Inputs:

@@ -1,8 +1,9 @@
 """References for Informer and Autoformer, part by part.
 
 What is not exercised: which queries an Informer's ProbSparse attention picks (it samples keys at random, so every query
-is let attend, which no tensor depends on); missing values; and a batch of several series in an Autoformer, whose
-auto-correlation in transformers pairs the delays of one series with the heads of another.
+is let attend, which no tensor depends on); and a batch of several series in an Autoformer, whose auto-correlation in
+transformers pairs the delays of one series with the heads of another, nor constant series in it, of which any delay is
+as good as another.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import transformers
 from torch import Tensor, nn
 
 import zoo
-from zoo_timeseries.running import Inputs, StaysDouble, configured, drawn, prefix
+from zoo_timeseries.running import Inputs, StaysDouble, configured, drawn, edges, prefix
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
 _LENGTHS = ("plain", "longest")
+_WHOLE = ("plain", "missing")
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,27 @@ class Family:
     def _features(self, known: Any, length: int) -> tuple[int, ...]:
         return (self.batch, length, known.feature_size)
 
+    @property
+    def _variants(self) -> tuple[str, ...]:
+        return _LENGTHS if self.trend else (*_LENGTHS, "shortest", "edges")
+
     def _series(self, known: Any) -> Inputs:
-        """Features of any length up to the context's."""
+        """Features of any length up to the context's; shortest is one short series alone."""
         longest = known.context_length
-        return drawn(
+        normal = drawn(
             {
                 "plain": {"inputs_embeds": self._features(known, max(2, longest - 3))},
                 "longest": {"inputs_embeds": self._features(known, longest)},
+                "shortest": {"inputs_embeds": (1, max(2, longest // 2), known.feature_size)},
             }
         )
+
+        def inputs(seed: int, variant: str) -> dict[str, Tensor]:
+            if variant == "edges":
+                return {"inputs_embeds": edges(self._features(known, longest), seed)}
+            return normal(seed, variant)
+
+        return inputs
 
     def embedding(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         known = self._configured(config)
@@ -71,7 +85,7 @@ class Family:
             values = x["inputs_embeds"]
             return (m["layernorm_embedding"](m["value_embedding"](values) + m["embed_positions"](values.size())),)
 
-        return zoo.PartProbe(module, run, self._series(known), _LENGTHS, ("embeddings",))
+        return zoo.PartProbe(module, run, self._series(known), self._variants, ("embeddings",))
 
     def static(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         known = self._configured(config)
@@ -97,7 +111,7 @@ class Family:
             with StaysDouble():
                 return (m(**x).last_hidden_state,)
 
-        return zoo.PartProbe(module, run, self._series(known), _LENGTHS, ("encoder_last_hidden_state",))
+        return zoo.PartProbe(module, run, self._series(known), self._variants, ("encoder_last_hidden_state",))
 
     def decoder(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
         known = self._configured(config)
@@ -148,13 +162,13 @@ class Family:
             return (answer.encoder_last_hidden_state, *last)
 
         last = _params(known) if headed else ("last_hidden_state",)
-        return zoo.PartProbe(model, run, inputs, ("plain",), ("encoder_last_hidden_state", *last))
+        return zoo.PartProbe(model, run, inputs, _WHOLE, ("encoder_last_hidden_state", *last))
 
     def _predicting(self, known: Any) -> Any:
         return getattr(transformers, f"{self.name}ForPrediction")(known)
 
     def _everything(self, known: Any) -> Inputs:
-        """All that forward takes, with the future."""
+        """All that forward takes, with the future. `missing`: past values that the mask says were not observed."""
         past, future = known.context_length + max(known.lags_sequence), known.prediction_length
         width = () if known.input_size == 1 else (known.input_size,)
         times = known.num_time_features + known.num_dynamic_real_features
@@ -172,6 +186,9 @@ class Family:
                 "future_values": normal(self.batch, future, *width),
                 "future_time_features": normal(self.batch, future, times),
             }
+            if variant == "missing":
+                found["past_observed_mask"][:, past // 2 : past // 2 + 3] = 0.0
+                found["past_observed_mask"][-1, -1] = 0.0
             if known.num_static_categorical_features:
                 found["static_categorical_features"] = _categories(known, self.batch, draw)
             if known.num_static_real_features:

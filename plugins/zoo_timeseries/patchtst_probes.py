@@ -1,21 +1,25 @@
-"""References for PatchTST, part by part. Missing values are not exercised: every value is observed."""
+"""References for PatchTST, part by part. Of the whole body, series with edges and with missing values are among the
+inputs; a target that takes no mask of observed values is not given any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PatchTSTConfig, PatchTSTForPrediction, PatchTSTModel
 
 import zoo
-from zoo_timeseries.running import configured, drawn, prefix
+from zoo_timeseries.running import Inputs, configured, drawn, edges, prefix
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
-# The length of the series is fixed by the configuration, so there is no shortest or longest.
-_VARIANTS = ("plain",)
+# The length of the series is fixed by the configuration, so there is no longest; shortest is a batch of one series.
+_VARIANTS = ("plain", "shortest", "edges", "missing")
+_FEW = {"plain": 2, "shortest": 1}
+_BATCHES = {**_FEW, "missing": 2}
 
 
 def _configured(config: Mapping[str, Any]) -> Any:
@@ -24,8 +28,20 @@ def _configured(config: Mapping[str, Any]) -> Any:
     return known
 
 
-def _past(known: Any) -> Any:
-    return drawn({"plain": {"past_values": (2, known.context_length, known.num_input_channels)}})
+def _past(known: Any) -> Inputs:
+    """`missing`: values that a mask says were not observed, in the middle of one series and at the end of another."""
+    steps, channels = known.context_length, known.num_input_channels
+    plain = drawn({name: {"past_values": (batch, steps, channels)} for name, batch in _BATCHES.items()})
+
+    def inputs(seed: int, variant: str) -> dict[str, Tensor]:
+        x = edges((4, steps, channels), seed) if variant == "edges" else plain(seed, variant)["past_values"]
+        mask = torch.ones_like(x, dtype=torch.bool)
+        if variant == "missing":
+            mask[0, steps // 3 : steps // 2] = False
+            mask[1, -max(1, steps // 8) :, -1] = False
+        return {"past_values": x, "past_observed_mask": mask}
+
+    return inputs
 
 
 def embedding(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
@@ -44,8 +60,8 @@ def embedding(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProb
     return zoo.PartProbe(
         module,
         _embed,
-        drawn({"plain": {"patch_input": shape}}),
-        _VARIANTS,
+        drawn({name: {"patch_input": (batch, *shape[1:])} for name, batch in _FEW.items()}),
+        tuple(_FEW),
         ("embeddings",),
     )
 
@@ -73,8 +89,8 @@ def head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
     return zoo.PartProbe(
         module,
         lambda m, x: _tensors(m(x["hidden_states"])),
-        drawn({"plain": {"hidden_states": shape}}),
-        _VARIANTS,
+        drawn({name: {"hidden_states": (batch, *shape[1:])} for name, batch in _FEW.items()}),
+        tuple(_FEW),
         _names(known, "projection"),
     )
 

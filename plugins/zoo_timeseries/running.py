@@ -49,6 +49,18 @@ def drawn(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Inputs:
     return inputs
 
 
+def edges(shape: tuple[int, ...], seed: int) -> Tensor:
+    """A batch of series [4, length, channels] that are ends of what a model meets: constant (by a number that a sum
+    keeps exactly), zero, very large, very small."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn((4, *shape[1:]), generator=draw)
+    x[0] = torch.tensor(2.0).pow(1 + seed % 4)
+    x[1] = 0.0
+    x[2] *= 1e4
+    x[3] *= 1e-4
+    return x
+
+
 class StaysDouble(TorchFunctionMode):
     """`x.float()` leaves a double as it is: transformers' auto-correlation makes a buffer with it, which is meant for
     half precision, and breaks when all else is double."""

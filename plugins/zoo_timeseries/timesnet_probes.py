@@ -19,6 +19,9 @@ from zoo_timeseries.running import drawn
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
+# The length is fixed. A constant series has no period, and which ones are then taken is anybody's choice.
+_BATCHES = {"plain": 2, "shortest": 1}
+
 
 def _blocks(checkpoint: Checkpoint) -> tuple[int, int, int, int]:
     """(blocks, kernels, width, width within a block), from names and shapes."""
@@ -77,8 +80,8 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
 
     module = zoo.unfilled(build)
     zoo.fill(module, checkpoint)
-    inputs = drawn({"plain": {"hidden_states": (2, length, width)}})
-    return zoo.PartProbe(module, lambda m, x: (m(x["hidden_states"]),), inputs, ("plain",), ("last_hidden_state",))
+    inputs = drawn({name: {"hidden_states": (batch, length, width)} for name, batch in _BATCHES.items()})
+    return zoo.PartProbe(module, lambda m, x: (m(x["hidden_states"]),), inputs, tuple(_BATCHES), ("last_hidden_state",))
 
 
 def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
@@ -87,8 +90,8 @@ def whole(checkpoint: Checkpoint, config: Mapping[str, Any]) -> zoo.PartProbe:
     def run(m: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return (m({"insample_y": x["past_values"], "futr_exog": None}),)
 
-    inputs = drawn({"plain": {"past_values": (2, module.input_size, 1)}})
-    return zoo.PartProbe(module, run, inputs, ("plain",), ("forecast",))
+    inputs = drawn({name: {"past_values": (batch, module.input_size, 1)} for name, batch in _BATCHES.items()})
+    return zoo.PartProbe(module, run, inputs, tuple(_BATCHES), ("forecast",))
 
 
 def model(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
