@@ -30,6 +30,7 @@ from surgery.mapper.record import MOVES, Tape, _name, record
 from surgery.ops import Kind, Value
 from surgery.plan import Dropped, Plan, Row, Stamp, Status
 from surgery.running import own_tensors
+from surgery.stand_in import StandIn
 from surgery.surface import relative
 from surgery.unit_spaces import Index, Space, factors, find, index_of, leaves, pieces
 
@@ -46,6 +47,7 @@ class Reshaped:
     drift: the largest relative change of an output on the example, before any training, in float64; None where
         nothing could be run or the outputs cannot be compared.
     groups: what was changed.
+    stand_in: where there is no module, what computes the same, for a proof.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class Reshaped:
     drift: float | None
     groups: tuple[Group, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    stand_in: StandIn | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         drift = "not run" if self.drift is None else f"drift {self.drift:.1e}"
@@ -374,7 +377,10 @@ def _numbers(
 
 def set_known(module: nn.Module, groups: Space | None, chosen: Mapping[Space, Index]) -> bool:
     """Modules whose sizes are those of their weight, by their documentation."""
-    weight = getattr(module, "weight", None)
+    try:
+        weight = getattr(module, "weight", None)
+    except RuntimeError:  # it is computed from tensors that have another size now
+        return False
     sizes = dict[str, Any]()
     if not isinstance(weight, Tensor):
         return False

@@ -190,6 +190,11 @@ def coupled(model: nn.Module, example: Any) -> Coupling:
         tape = record(run, twin.twin(model), x)
     except NotRecordable as error:
         raise SurgeryError(f"the model's dataflow cannot be recorded: {error}") from error
+    return seen(model, run, x, tape)
+
+
+def seen(model: nn.Module, run: Callable[[nn.Module, Any], Any], x: Any, tape: Tape) -> Coupling:
+    """The groups of a run that was recorded."""
     traced = flow(tape)
     for name, vid in tape.params.items():
         if not tape.consumers[vid]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from surgery import dtypes
 from surgery.checkpoint import Checkpoint, Reader, Span, TensorInfo
 from surgery.errors import PlanError
-from surgery.expr import Call, Expr, Name, evaluate, infer, names, substituted
+from surgery.expr import Call, Expr, Name, call, evaluate, infer, names, substituted
 from surgery.plan import Dropped, Plan, Row, Stamp
 from surgery.reader import check_slices
 
@@ -71,7 +71,7 @@ def composed(plan: Plan, base: Checkpoint, rows: Mapping[str, Expr], why: Mappin
     for the reason in `why`, or for the one that the derived tensor was dropped for."""
 
     def row(each: Row) -> Row:
-        return each if each.expr is None else replace(each, expr=substituted(each.expr, rows))
+        return each if each.expr is None else replace(each, expr=_unfused(substituted(each.expr, rows), base))
 
     new = tuple(row(each) for each in plan.rows)
     used = {name for each in new for name in each.sources}
@@ -94,17 +94,58 @@ def composed(plan: Plan, base: Checkpoint, rows: Mapping[str, Expr], why: Mappin
     return whole if plan.verdict is None else whole.with_verdict(plan.verdict, proven=plan.proven)
 
 
-def decomposed(plan: Plan, derived: Checkpoint, rows: Mapping[str, Expr]) -> Plan:
+def _unfused(expr: Expr, base: Checkpoint) -> Expr:
+    """The same expression, where a piece is cut out of tensors that were joined: out of the one that holds it."""
+    if not isinstance(expr, Call):
+        return expr
+    expr = Call(expr.op, tuple(_unfused(arg, base) for arg in expr.args), expr.params)
+    if expr.op != "slice":
+        return expr
+    (whole,), cut = expr.args, dict(expr.params)
+    if isinstance(whole, Call) and whole.op == "transpose" and not whole.params:
+        plain = call("slice", *whole.args, **(cut | {"axis": 1 - cut["axis"]}))
+        turned = _unfused(plain, base)
+        return call("transpose", turned) if turned != plain else expr
+    if not isinstance(whole, Call) or whole.op != "cat" or _axis(whole, base) != cut["axis"]:
+        return expr
+    for part, start, stop in _parts(whole, base):
+        if (start, stop) == (cut["start"], cut["stop"]):
+            return part
+    return expr
+
+
+def _axis(expr: Expr, base: Checkpoint) -> int:
+    rank = len(infer(expr, lambda name: tuple(base[name].shape)))
+    return int(dict(expr.params).get("axis", 0)) % rank if isinstance(expr, Call) else 0
+
+
+def _parts(expr: Expr, base: Checkpoint) -> list[tuple[Expr, int, int]]:
+    """What is joined, each with where it begins and ends; nothing where the expression joins nothing."""
+    if not isinstance(expr, Call) or expr.op != "cat":
+        return []
+    out: list[tuple[Expr, int, int]] = []
+    at, axis = 0, _axis(expr, base)
+    for part in expr.args:
+        length = infer(part, lambda name: tuple(base[name].shape))[axis]
+        out.append((part, at, at + length))
+        at += length
+    return out
+
+
+def decomposed(plan: Plan, base: Checkpoint, derived: Checkpoint, rows: Mapping[str, Expr]) -> Plan:
     """The inverse of `composed`: each row again over the derived tensors. A row that reads a tensor which the derived
     checkpoint holds in another form only is a PlanError: it does not belong to this derivation."""
-    whole: dict[Expr, str] = {}
+    whole: dict[Expr, Expr] = {}
     for name, expr in rows.items():
-        whole.setdefault(expr, name)
+        whole.setdefault(expr, Name(name))
+    for name, expr in rows.items():
+        for part, start, stop in _parts(expr, base):
+            whole.setdefault(part, call("slice", name, axis=_axis(expr, base), start=start, stop=stop))
     same = {name for name, expr in rows.items() if expr == Name(name)}
 
     def back(expr: Expr, target: str) -> Expr:
         if expr in whole:
-            return Name(expr.name) if isinstance(expr, Name) and expr.name in same else Name(whole[expr])
+            return Name(expr.name) if isinstance(expr, Name) and expr.name in same else whole[expr]
         if isinstance(expr, Name):
             raise PlanError(
                 f"{target}: it reads {expr.name} as it is, and the rules make something else of that tensor",

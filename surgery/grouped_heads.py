@@ -12,7 +12,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from surgery.expr import Expr, Name, call, evaluate_unrounded
 from surgery.mapper.record import MOVES, Tape, _name, record, same
 from surgery.proof import GATE
 from surgery.running import own_tensors
+from surgery.stand_in import Shared, sharing
 from surgery.unit_spaces import factors, find, leaves, pieces
 from surgery.unit_step import ELEMENTWISE
 
@@ -39,6 +40,7 @@ class _Attention:
     queries: int
     keys: int
     values: int
+    scores: int  # what the softmax gives
     module: str
 
 
@@ -86,13 +88,20 @@ def mha_to_gqa(model: nn.Module, example: Any, where: str | Group, *, kv_heads: 
     plan = plan_of(tensors, rows, ties=coupling.ties(), why=why, description=type(model).__name__)
     before = outputs(coupling, model)
     own = own_tensors(model)
-    averaged: dict[str, Tensor] = {}
+    means_of: dict[str, Tensor] = {}
+    shared: dict[str, Shared] = {}
     for name, expr in means.items():
-        value = evaluate_unrounded(expr, lambda n: own[n].detach(), twin.lift)
-        averaged[name] = _spread(value, kv_heads, *roles[coupling.tape.params[name]])
-    expected = outputs(coupling, model, averaged)
+        means_of[name] = evaluate_unrounded(expr, lambda n: own[n].detach(), twin.lift)
+        shared[name] = _sharing(kv_heads, *roles[coupling.tape.params[name]])
+    expected = outputs(coupling, model, {name: shared[name].spread(t) for name, t in means_of.items()})
     module, note = _edited(coupling, values_of(plan, model), expected, groups, kv_heads)
-    return Reshaped(plan, module, "approximate", drift(before, expected), groups, (note,) if note else ())
+    found = Reshaped(plan, module, "approximate", drift(before, expected), groups, (note,) if note else ())
+    stand_in = sharing(coupling, means_of, shared) if module is None else None
+    if stand_in is None:
+        return found
+    unrounded = {stand_in.names[name]: t for name, t in means_of.items()}
+    apart = drift(expected, outputs(coupling, stand_in.module, unrounded))
+    return replace(found, stand_in=stand_in if apart is not None and apart <= GATE else None)
 
 
 _Roles = dict[int, tuple[int, int, list[tuple["_Segment", str]]]]  # by parameter: axis, heads, what each part makes
@@ -107,19 +116,14 @@ def _pooled(expr: Expr, axis: int, heads: int, kv_heads: int, found: list[tuple[
     return parts[0] if len(parts) == 1 else call("cat", *parts, axis=axis)
 
 
-def _spread(pooled: Tensor, kv_heads: int, axis: int, heads: int, found: list[tuple[_Segment, str]]) -> Tensor:
-    """A pooled tensor at its old size: every head of a group holds the group's mean."""
-    parts, at = list[Tensor](), 0
-    for segment, role in found:
-        length = segment.stop - segment.start
-        short = length if role == "queries" else length * kv_heads // heads
-        part = pooled.narrow(axis, at, short)
-        if role != "queries":
-            apart = part.unflatten(axis, (kv_heads, short // kv_heads))
-            part = apart.repeat_interleave(heads // kv_heads, dim=axis).flatten(axis, axis + 1)
-        parts.append(part)
-        at += short
-    return torch.cat(parts, dim=axis)
+def _sharing(kv_heads: int, axis: int, heads: int, found: list[tuple[_Segment, str]]) -> Shared:
+    """How a pooled tensor is used at its old size: every head of a group reads the group's mean."""
+    lengths = [segment.stop - segment.start for segment, _ in found]
+    parts = tuple(
+        (length, False) if role == "queries" else (length * kv_heads // heads, True)
+        for length, (_, role) in zip(lengths, found, strict=True)
+    )
+    return Shared(axis, kv_heads, heads // kv_heads, parts)
 
 
 # --- which rows are keys and values ----------------------------------------------------------------------------------
@@ -152,6 +156,7 @@ def _roles(coupling: Coupling, group: Group, vid: int, axis: int) -> list[tuple[
                     )
                 if hit:
                     role = hit[0]
+                if hit or changed(attention.scores):  # a bias of positions is added to what queries and keys give
                     break
         found.append((segment, role))
     return found
@@ -197,7 +202,7 @@ def _attentions(coupling: Coupling, group: Group) -> list[_Attention]:
         left, right = product.args[0].vid, product.args[1].vid
         last = made.args[1] % len(tape.values[softmax].shape) == len(tape.values[softmax].shape) - 1
         queries, keys = (left, right) if last else (right, left)
-        found.append(_Attention(queries, keys, values, node.module))
+        found.append(_Attention(queries, keys, values, softmax, node.module))
     return found
 
 

@@ -85,7 +85,7 @@ class Prepared:
     def inward(self, plan: Plan) -> Plan:
         """A plan over the source, as it is mapped and proven: with what rules set aside in its place."""
         plan = rules_of.brought_back(plan)
-        return _ruled(plan if self.made is None else decomposed(plan, self.source, self.made.rows), ())
+        return _ruled(plan if self.made is None else decomposed(plan, self.base, self.source, self.made.rows), ())
 
     def proof(self, proof: Proof, plan: Plan) -> Proof:
         """The proof of the derived source, as one of the source: rows that an op changed are adapted, and so are those
@@ -101,7 +101,9 @@ class Prepared:
         ]
         changed += [row.target for row in plan.rows if row.aside is not None]
         adapted = self.made.adapted if self.made is not None else frozenset[str]()
-        changed += [row.target for row in self.inward(plan).rows if adapted.intersection(row.sources)]
+        as_is = {row.target for row in plan.rows if row.expr is not None and kind(row.expr, dtype_of) == "exact"}
+        made = (row for row in self.inward(plan).rows if adapted.intersection(row.sources))
+        changed += [row.target for row in made if row.target not in as_is]
         return replace(proof, adapted=tuple(dict.fromkeys((*proof.adapted, *changed))))
 
 
@@ -132,30 +134,35 @@ _RESHAPES = {
 
 
 def reshaped(source: Checkpoint, probe: Probe | None, made: Derivation, rule: Reshape) -> tuple[Probe, Derivation]:
-    """The probe with the reference that the rule makes, and what its tensors are made of; in the reference's own names.
+    """The probe with the reference that the rule makes, or what stands in for it where its class does not take such a
+    body; and what its tensors are made of, in the reference's own names.
 
-    RuleError without a probe, or where the reference's class does not take such a body."""
+    RuleError without a probe, or where nothing runs that computes so."""
     from surgery.link import link
 
     if probe is None:
         raise RuleError(f"{rule}: what it touches is seen by running", hint="Give a probe; --static cannot do it.")
     links = link(probe.reference, source)
     found = _reshape(rule, probe)
-    if found.module is None:
+    module, run, called = found.module, probe.run_reference, {}
+    if module is None and found.stand_in is not None:
+        module, run, called = found.stand_in.module, found.stand_in.run, dict(found.stand_in.names)
+    if module is None:
         why = "; ".join(found.notes) or "the reference cannot be built so"
         raise RuleError(f"{rule}: {why}", hint="The plan alone is made by the function of that name in surgery.")
     rows: dict[str, Expr] = {}
     for row in found.plan.rows:
         held = found.plan[row.tied_to] if row.tied_to is not None else row
         if held.expr is not None and all(name in links for name in names(held.expr)):
-            rows[row.target] = substituted(substituted(held.expr, links), made.rows)
+            rows[called.get(row.target, row.target)] = substituted(substituted(held.expr, links), made.rows)
     before = {group.name: group.size for group in found.groups}
     said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes) or str(rule)
     drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
     notes = (*made.notes, f"as asked for: {said}; {found.kind}{drift}")
     changed = {name for name, expr in rows.items() if names(expr) and expr != made.rows.get(names(expr)[0])}
     adapted = made.adapted | (changed if found.kind in ("approximate", "lossy") else set())
-    return replace(probe, reference=found.module), replace(made, rows=rows, notes=notes, adapted=adapted)
+    probe = replace(probe, reference=module, run_reference=run)
+    return probe, replace(made, rows=rows, notes=notes, adapted=adapted)
 
 
 def _reshape(rule: Reshape, probe: Probe) -> Reshaped:

@@ -242,7 +242,7 @@ class Rules(Step):
                 unify(space, written, self.where)
             self.give(self.axes(old), self.origins(old))
             return
-        box = _box(self.shape(old), at, take)
+        box = box_of(self.shape(old), at, take)
         if box is None or [stop - start for start, stop in box] != list(self.shape(new)):
             if self.flow.constant(old) and self.flow.constant(new):
                 self.give([Space(size) for size in self.shape(old)])
@@ -487,7 +487,7 @@ def _count(at: Tensor) -> Tensor:
     return torch.arange(at.numel())
 
 
-def _box(shape: Sequence[int], at: Tensor, take: Tensor) -> list[tuple[int, int]] | None:
+def box_of(shape: Sequence[int], at: Tensor, take: Tensor) -> list[tuple[int, int]] | None:
     """(start, stop) along each axis of the flat positions `at`, where they are a box that is filled in order."""
     if not at.numel() or not torch.equal(take, _count(at)):
         return None

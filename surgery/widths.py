@@ -14,7 +14,7 @@ decided by structure (does a norm reduce over the axis?) and confirmed by runnin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from surgery.ops.width import evenly, replicas
 from surgery.plan import Plan
 from surgery.proof import GATE
 from surgery.running import own_tensors
+from surgery.stand_in import without_heads
 from surgery.unit_spaces import Index, Space, find, index_of
 
 Where = str | Group | Mapping[Any, int]  # of a module, the name of a group, or a Group, the size
@@ -143,7 +144,11 @@ def prune_heads(model: nn.Module, example: Any, where: str | Group, *, heads: Se
         kept = np.array([head for head in range(group.size) if head not in set(heads)])
         params: dict[str, Value] = {"heads": group.size, "drop": tuple(sorted(set(heads)))}
         changes[find(group.space)] = Change(kept, "prune_heads", params)
-    return _chosen(coupling, groups, changes)
+    found = _chosen(coupling, groups, changes)
+    if found.module is not None or not _summed_only(groups):
+        return found
+    index = {group: changes[find(group.space)].index for group in groups}
+    return replace(found, stand_in=without_heads(coupling, values_of(found.plan, model), index))
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -333,8 +338,7 @@ def _chosen(coupling: Coupling, groups: list[Group], changes: Mapping[Space, Cha
     plan = _plan(coupling, _rows(coupling, changes, set()), chosen)
     values = values_of(plan, coupling.model)
     before = outputs(coupling, coupling.model)
-    reducing = ("softmax", "dot", "sum", "norm", "mean", "max", "output")
-    plain = all(mark not in group.marks for group in groups for mark in reducing)
+    plain = _summed_only(groups)
     masked = through(coupling, chosen, outputs(coupling, coupling.model, _masked(coupling, chosen)))
     expected = through(coupling, chosen, before)
     differs: list[float | None] = []
@@ -348,9 +352,15 @@ def _chosen(coupling: Coupling, groups: list[Group], changes: Mapping[Space, Cha
     notes = _unknown(coupling) + ([note] if note else [])
     if module is not None and plain:
         notes.append("it computes what the model computes with the outgoing weights of these units at zero")
-    moved = differs[-1] if module is not None else None
+    moved = differs[-1] if module is not None else drift(expected, masked) if plain else None
     same = plain and (drift(before, masked) or 0.0) <= GATE
     return Reshaped(plan, module, "preserving" if same else "lossy", moved, tuple(groups), tuple(notes))
+
+
+def _summed_only(groups: Sequence[Group]) -> bool:
+    """Does nothing but sums read these units?"""
+    reducing = ("softmax", "dot", "sum", "norm", "mean", "max", "output")
+    return all(mark not in group.marks for group in groups for mark in reducing)
 
 
 def _masked(coupling: Coupling, chosen: Mapping[Space, Index]) -> dict[str, Tensor]:

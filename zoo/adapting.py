@@ -212,11 +212,12 @@ def _unshrinkable(source: Source, why: str) -> ZooError:
 
 def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:
     """The rules that a plan's rows show: what an approximate op made of a source tensor, `but` of those that other
-    rules make."""
+    rules make, or that belongs to a change of the body, which the plan's own rules ask for."""
     from surgery import ops
     from surgery.expr import Call, Expr, Name
-    from surgery.rules import Derive
+    from surgery.rules import Derive, Reshape, checked
 
+    asked = {rule.word for rule in checked(plan.rules) if isinstance(rule, Reshape)}
     found: dict[str, str] = {}
 
     def chain(expr: Expr) -> str:
@@ -229,7 +230,7 @@ def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:
         if isinstance(expr, Name):
             return
         name = chain(expr)
-        if ops.get(expr.op).kind == "approximate" and name and name not in but:
+        if ops.get(expr.op).kind == "approximate" and name and name not in but and expr.op not in asked:
             found.setdefault(name, str(expr))
             return
         for arg in expr.args:

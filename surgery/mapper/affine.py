@@ -504,6 +504,8 @@ class Affine(Kinds, ABC):
         self, index: int, x: Tensor, xv: int, w: Grid, row: Tensor, col: Tensor, shape: tuple[int, ...], left: bool
     ) -> list[Term]:
         row, col = (_turned(t, left).reshape(shape) for t in (row, col))
+        if not w.injective and (first := w.once(1)).shape != w.shape:  # heads that share one
+            col, w = _columns_once(col, w, first), first
         site = Site(index, x, xv, w, pieces=self._pieces(xv, x, left))
         return [Term("product", 1.0, site=site, row=row, col=col)]
 
@@ -539,6 +541,17 @@ class Affine(Kinds, ABC):
             return None
         first = mark[0]
         return [torch.nonzero(first == i).flatten() for i in range(len(parts)) if bool((first == i).any())]
+
+
+def _columns_once(col: Tensor, w: Grid, first: Grid) -> Tensor:
+    """The numbers of columns of a matrix as those of the matrix in which each stands once."""
+    lines = torch.cat([first.dense(), w.dense()], 1).t()
+    _, inverse = torch.unique(lines, dim=0, return_inverse=True)
+    n = first.shape[1]
+    place = torch.zeros(n, dtype=torch.int64)
+    place[inverse[:n]] = torch.arange(n)
+    to = torch.cat([torch.zeros(1), place[inverse[n:]] + 1.0]).to(torch.float64)
+    return to[compact(col).to(torch.int64)].expand(col.shape)
 
 
 def _one(t: Tensor, *, dim: int, at: int, keep: bool) -> Tensor:

@@ -282,7 +282,7 @@ def test_a_body_that_cannot_bear_it_gets_a_plan_alone() -> None:
     model, example = tiny_bodies.body("encoder")  # nn.MultiheadAttention: width and heads are one number
     result = surgery.prune_heads(model, example, "self_attn", heads=[1])
     assert result.module is None
-    assert result.drift is None
+    assert result.drift is not None  # told by what stands in for it
     assert "build the body yourself" in result.notes[0]
     assert result.plan["self_attn.in_proj_weight"].shape == (54, 24)
     wide = surgery.widen(model, example, "self_attn", to=6)
