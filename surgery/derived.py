@@ -101,12 +101,12 @@ def _unfused(expr: Expr, base: Checkpoint) -> Expr:
     expr = Call(expr.op, tuple(_unfused(arg, base) for arg in expr.args), expr.params)
     if expr.op != "slice":
         return expr
-    (whole,), cut = expr.args, dict(expr.params)
+    (whole,), cut, along = expr.args, dict(expr.params), _axis(expr, base)
     if isinstance(whole, Call) and whole.op == "transpose" and not whole.params:
-        plain = call("slice", *whole.args, **(cut | {"axis": 1 - cut["axis"]}))
+        plain = call("slice", *whole.args, **(cut | {"axis": 1 - along}))
         turned = _unfused(plain, base)
         return call("transpose", turned) if turned != plain else expr
-    if not isinstance(whole, Call) or whole.op != "cat" or _axis(whole, base) != cut["axis"]:
+    if not isinstance(whole, Call) or whole.op != "cat" or _axis(whole, base) != along:
         return expr
     for part, start, stop in _parts(whole, base):
         if (start, stop) == (cut["start"], cut["stop"]):
@@ -116,7 +116,9 @@ def _unfused(expr: Expr, base: Checkpoint) -> Expr:
 
 def _axis(expr: Expr, base: Checkpoint) -> int:
     rank = len(infer(expr, lambda name: tuple(base[name].shape)))
-    return int(dict(expr.params).get("axis", 0)) % rank if isinstance(expr, Call) else 0
+    axis = dict(expr.params).get("axis", 0) if isinstance(expr, Call) else 0
+    assert isinstance(axis, int)
+    return axis % rank
 
 
 def _parts(expr: Expr, base: Checkpoint) -> list[tuple[Expr, int, int]]:
@@ -136,9 +138,10 @@ def decomposed(plan: Plan, base: Checkpoint, derived: Checkpoint, rows: Mapping[
     """The inverse of `composed`: each row again over the derived tensors. A row that reads a tensor which the derived
     checkpoint holds in another form only is a PlanError: it does not belong to this derivation."""
     whole: dict[Expr, Expr] = {}
-    for name, expr in rows.items():
+    spelled = [(name, each) for name, expr in rows.items() for each in (expr, _unfused(expr, base))]
+    for name, expr in spelled:
         whole.setdefault(expr, Name(name))
-    for name, expr in rows.items():
+    for name, expr in spelled:
         for part, start, stop in _parts(expr, base):
             whole.setdefault(part, call("slice", name, axis=_axis(expr, base), start=start, stop=stop))
     same = {name for name, expr in rows.items() if expr == Name(name)}

@@ -46,12 +46,32 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A stretch of one axis of a parameter."""
+    """A stretch of one axis of a parameter; or of each of `blocks` equal pieces of it, where heads are fused one by
+    one."""
 
     vid: int
     axis: int
     start: int
     stop: int
+    blocks: int = 1
+
+    @property
+    def length(self) -> int:
+        return (self.stop - self.start) * self.blocks
+
+    def of(self, t: Tensor) -> Tensor:
+        """A view of it."""
+        apart = t.unflatten(self.axis, (self.blocks, t.shape[self.axis] // self.blocks))
+        return apart.narrow(self.axis + 1, self.start, self.stop - self.start)
+
+    def cut(self, expr: Expr, shape: tuple[int, ...]) -> Expr:
+        """The expression of it."""
+        if self.blocks == 1:
+            return call("slice", expr, axis=self.axis, start=self.start, stop=self.stop)
+        before, after = shape[: self.axis], shape[self.axis + 1 :]
+        apart = call("reshape", expr, shape=(*before, self.blocks, shape[self.axis] // self.blocks, *after))
+        part = call("slice", apart, axis=self.axis + 1, start=self.start, stop=self.stop)
+        return call("reshape", part, shape=(*before, self.length, *after))
 
 
 def mha_to_gqa(model: nn.Module, example: Any, where: str | Group, *, kv_heads: int) -> Reshaped:
@@ -66,7 +86,8 @@ def mha_to_gqa(model: nn.Module, example: Any, where: str | Group, *, kv_heads: 
     """
     coupling = coupled(model, example)
     groups = coupling.find(where, "heads")
-    rows: dict[str, Expr] = {name: Name(name) for name in own_tensors(model)}
+    own = own_tensors(model)
+    rows: dict[str, Expr] = {name: Name(name) for name in own}
     means: dict[str, Expr] = {}  # of the same shapes as now: each head the mean of its group
     roles: _Roles = {}
     for group in groups:
@@ -78,16 +99,15 @@ def mha_to_gqa(model: nn.Module, example: Any, where: str | Group, *, kv_heads: 
                 f"{group}: {group.size} heads do not divide into {kv_heads} groups", hint=f"It can be {divisors}."
             )
         for vid, axis in dict.fromkeys((coupling.tape.params[m.tensor], m.axis) for m in group.members):
-            found = _roles(coupling, group, vid, axis)
-            if any(role != "queries" for _, role in found):
-                roles[vid] = (axis, group.size, found)
+            parts = _roles(coupling, group, vid, axis)
+            if any(role != "queries" for _, role in parts):
+                roles[vid] = (axis, group.size, parts)
                 for name in coupling.names(vid):
-                    rows[name] = means[name] = _pooled(rows[name], axis, group.size, kv_heads, found)
-    tensors = infos({name: t.detach() for name, t in own_tensors(model).items()})
+                    rows[name] = means[name] = _pooled(rows[name], own[name].shape, axis, group.size, kv_heads, parts)
+    tensors = infos({name: t.detach() for name, t in own.items()})
     why = dict.fromkeys(means, f"the mean of its group's heads, {kv_heads} groups")
     plan = plan_of(tensors, rows, ties=coupling.ties(), why=why, description=type(model).__name__)
     before = outputs(coupling, model)
-    own = own_tensors(model)
     means_of: dict[str, Tensor] = {}
     shared: dict[str, Shared] = {}
     for name, expr in means.items():
@@ -107,31 +127,37 @@ def mha_to_gqa(model: nn.Module, example: Any, where: str | Group, *, kv_heads: 
 _Roles = dict[int, tuple[int, int, list[tuple["_Segment", str]]]]  # by parameter: axis, heads, what each part makes
 
 
-def _pooled(expr: Expr, axis: int, heads: int, kv_heads: int, found: list[tuple[_Segment, str]]) -> Expr:
-    """The row of a tensor: its parts that make keys or values pooled."""
+def _pooled(
+    expr: Expr, shape: tuple[int, ...], axis: int, heads: int, kv_heads: int, found: list[tuple[_Segment, str]]
+) -> Expr:
+    """The row of a tensor: its parts that make keys or values pooled; what was fused head by head in one block each."""
     parts: list[Expr] = []
     for segment, role in found:
-        part = expr if len(found) == 1 else call("slice", expr, axis=axis, start=segment.start, stop=segment.stop)
+        part = expr if len(found) == 1 else segment.cut(expr, tuple(shape))
         parts.append(part if role == "queries" else call("mha_to_gqa", part, heads=heads, groups=kv_heads, axis=axis))
     return parts[0] if len(parts) == 1 else call("cat", *parts, axis=axis)
 
 
 def _sharing(kv_heads: int, axis: int, heads: int, found: list[tuple[_Segment, str]]) -> Shared:
     """How a pooled tensor is used at its old size: every head of a group reads the group's mean."""
-    lengths = [segment.stop - segment.start for segment, _ in found]
     parts = tuple(
-        (length, False) if role == "queries" else (length * kv_heads // heads, True)
-        for length, (_, role) in zip(lengths, found, strict=True)
+        (segment.length, False) if role == "queries" else (segment.length * kv_heads // heads, True)
+        for segment, role in found
     )
-    return Shared(axis, kv_heads, heads // kv_heads, parts)
+    return Shared(axis, kv_heads, heads // kv_heads, parts, blocks=found[0][0].blocks)
 
 
 # --- which rows are keys and values ----------------------------------------------------------------------------------
 
 
-def _segments(coupling: Coupling, vid: int, axis: int) -> list[_Segment]:
-    """The fused parts of an axis."""
+def _segments(coupling: Coupling, group: Group, vid: int, axis: int) -> list[_Segment]:
+    """The fused parts of an axis, or of each head of it."""
     space = find(coupling.flow.axes[vid][axis])
+    inner = [find(factor) for factor in factors(space)]
+    if len(inner) == 2 and inner[0] is find(group.space) and len(pieces(inner[1])) > 1:
+        ends = list(itertools.accumulate(piece.size for piece in pieces(inner[1])))
+        starts = [0, *ends[:-1]]
+        return [_Segment(vid, axis, a, b, group.size) for a, b in zip(starts, ends, strict=True)]
     sizes = [piece.size for piece in pieces(space)]
     if len(sizes) == 1 and (first := factors(space)) and len(pieces(first[0])) > 1:
         sizes = [piece.size * (space.size // first[0].size) for piece in pieces(first[0])]
@@ -143,7 +169,7 @@ def _roles(coupling: Coupling, group: Group, vid: int, axis: int) -> list[tuple[
     """(a part of the axis, "queries", "keys" or "values"); an axis that is none of these is left as queries are."""
     own = next(m for m in group.members if coupling.tape.params[m.tensor] == vid and m.axis == axis)
     found: list[tuple[_Segment, str]] = []
-    for segment in _segments(coupling, vid, axis):
+    for segment in _segments(coupling, group, vid, axis):
         role = "queries"
         if "in" not in own.roles:
             changed = _disturbed(coupling, segment, own.tensor)
@@ -165,7 +191,7 @@ def _roles(coupling: Coupling, group: Group, vid: int, axis: int) -> list[tuple[
 def _disturbed(coupling: Coupling, segment: _Segment, name: str) -> Callable[[int], bool]:
     """Which values of the run change when these rows do?"""
     value = twin.lift(own_tensors(coupling.model)[name].detach()).clone()
-    part = value.narrow(segment.axis, segment.start, segment.stop - segment.start)
+    part = segment.of(value)
     generator = torch.Generator().manual_seed(0)
     part += torch.randn(part.shape, generator=generator, dtype=part.dtype) * (0.1 + part.abs().mean())
     values = dict.fromkeys(coupling.names(segment.vid), value)

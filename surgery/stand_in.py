@@ -48,16 +48,20 @@ class StandIn:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-# -- heads that share ---------------------------------------------------------------------------------------------------
+# -- heads that share -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shared:
-    """How an axis of a tensor goes from shared heads to as many as the class has: its parts in order, each a length and
-    whether it is one of `kv_heads` keys or values, which `times` heads read."""
+    """How an axis of a tensor goes from shared heads to as many as the class has.
+
+    parts: those of the axis in order, each a length and whether it is one of `kv_heads` keys or values, which `times`
+        heads read each. blocks: the class has the parts of each of so many heads beside each other.
+    """
 
     axis: int
     kv_heads: int
     times: int
     parts: tuple[tuple[int, bool], ...]
+    blocks: int = 1
 
     def spread(self, small: Tensor) -> Tensor:
         """The tensor as the class takes it."""
@@ -71,6 +75,9 @@ class Shared:
                 shape[self.axis + 1] = self.times
                 part = apart.expand(shape).flatten(self.axis, self.axis + 2)
             out.append(part)
+        if self.blocks > 1:
+            apart = [part.unflatten(self.axis, (self.blocks, part.shape[self.axis] // self.blocks)) for part in out]
+            return torch.cat(apart, dim=self.axis + 1).flatten(self.axis, self.axis + 1)
         return torch.cat(out, dim=self.axis) if len(out) > 1 else out[0]
 
 
@@ -105,7 +112,7 @@ def sharing(coupling: Coupling, values: Mapping[str, Tensor], how: Mapping[str, 
     return StandIn(module, coupling.run, names)
 
 
-# -- heads that are gone ------------------------------------------------------------------------------------------------
+# -- heads that are gone ----------------------------------------------------------------------------------------------
 class _Holder(nn.Module):
     """A module of which only the tensors are left."""
 
@@ -190,13 +197,14 @@ class _Programs:
             out[name] = value
         return {name: t.stored if isinstance(t, twin.Lifted) else t for name, t in out.items()}
 
-    def program(self, module: Rewritten, x: Any) -> _Program:
+    def program(self, module: nn.Module, x: Any) -> _Program:
         key = _key(x)
         if key is not None and key in self.known:
             return self.known[key]
         with _apart():
-            made, pure = self._recorded(self.tensors(module), x)
-            got = tree_leaves(_replayed(made, module, x))
+            tensors = self.tensors(module)
+            made, pure = self._recorded(tensors, x)
+            got = tree_leaves(_replayed(made, tensors, x))
             meant = [made.tape.values[vid].tensor for vid in made.tape.outputs()]
             out = [t for t in got if isinstance(t, Tensor)]
             for vid, a, b in zip(made.tape.outputs(), meant, out, strict=True):
@@ -296,7 +304,9 @@ def without_heads(coupling: Coupling, values: Mapping[str, Tensor], groups: Mapp
             index = index_of(space, chosen)
             if len(index) != find(space).size:
                 kept.setdefault(name, {})[axis] = (find(space).size, np.ascontiguousarray(index))
-    bare = twin.clone(model, lambda t: nn.Parameter(t.detach().to("meta"), False) if _is_parameter(t) else t.detach().to("meta"))
+    bare = twin.clone(
+        model, lambda t: nn.Parameter(t.detach().to("meta"), False) if _is_parameter(t) else t.detach().to("meta")
+    )
     module = Rewritten(model, values, _Programs(bare, coupling.run, kept, list(groups.items())))
     try:
         rerun(twin.twin(module), tree_map(twin.lift, coupling.x))
@@ -313,17 +323,17 @@ def rerun(module: nn.Module, x: Any) -> Any:
     """Run a Rewritten: in float64 operator by operator without the heads that are gone; else the class with these heads
     at zero, which computes the same."""
     programs = module.programs
-    assert isinstance(module, Rewritten) and isinstance(programs, _Programs)
+    assert isinstance(programs, _Programs)
     tensors = programs.tensors(module)
     if all(_is_exact(t) for t in tensors.values() if t.is_floating_point()):
-        return _replayed(programs.program(module, x), module, x)
+        return _replayed(programs.program(module, x), tensors, x)
     with stateless._reparametrize_module(programs.bare, programs.whole(tensors)):
         return programs.run(programs.bare, x)
 
 
-def _replayed(program: _Program, module: nn.Module, x: Any) -> Any:
+def _replayed(program: _Program, own: Mapping[str, Tensor], x: Any) -> Any:
     """The recorded operators on the tensors that are left."""
-    tape, own = program.tape, module.programs.tensors(module)
+    tape = program.tape
     env: dict[int, Tensor] = {}
     leaves = list({id(t): t for t in tree_iter(x) if isinstance(t, Tensor)}.values())
     env.update(zip(program.inputs, leaves, strict=True))
@@ -360,7 +370,7 @@ def _called(program: _Program, node: Node, env: dict[int, Tensor]) -> None:
     if node.op is overlay:
         found: Any = _overlaid(program, node, env)
     else:
-        op, args, kwargs = node.op, node.args, {k: v for k, v in node.kwargs.items() if k != "saw"}
+        op, args, kwargs = node.op, list(node.args), {k: v for k, v in node.kwargs.items() if k != "saw"}
         if moved:
             op, args, kwargs = _sized(program, node, kwargs)
         if op in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
@@ -390,7 +400,9 @@ def _sized(program: _Program, node: Node, kwargs: dict[str, Any]) -> tuple[Any, 
         index = index_of(program.axes[first][dim], program.chosen)
         if name == "slice":
             size = program.tape.values[first].shape[dim]
-            start, stop = slice(args[2] if len(args) > 2 else None, args[3] if len(args) > 3 else None).indices(size)[:2]
+            start, stop = slice(args[2] if len(args) > 2 else None, args[3] if len(args) > 3 else None).indices(size)[
+                :2
+            ]
             args[1:4] = [dim, int(np.searchsorted(index, start)), int(np.searchsorted(index, stop))]
         elif name == "select":
             size = program.tape.values[first].shape[dim]
