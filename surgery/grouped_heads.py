@@ -185,6 +185,8 @@ def _roles(coupling: Coupling, group: Group, vid: int, axis: int) -> list[tuple[
                 if hit or changed(attention.scores):  # a bias of positions is added to what queries and keys give
                     break
         found.append((segment, role))
+    if found[0][0].blocks > 1 and len({role for _, role in found}) == 1:  # one projection, whose heads are cut up later
+        return [(_Segment(vid, axis, 0, coupling.tape.values[vid].shape[axis]), found[0][1])]
     return found
 
 

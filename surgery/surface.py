@@ -23,6 +23,8 @@ def relative(expected: Tensor, got: Tensor) -> float:
     """max |got - expected| / max |expected|, of two tensors of one shape. Infinities must stand at the same places."""
     if not expected.is_floating_point() and not expected.is_complex():
         return 0.0 if bool(torch.equal(expected.to(got.device), got.to(expected.dtype))) else INF
+    if expected.is_complex() != got.is_complex():
+        return INF
     a, b = _real(expected), _real(got).to(expected.device)
     finite = torch.isfinite(a)
     if not bool((finite == torch.isfinite(b)).all()) or not bool((a[~finite] == b[~finite]).all()):

@@ -52,6 +52,12 @@ class Recorder(Protocol):
     def shifted(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
         """(x, scale, shift) of a value that was noted so, as long as none of them was written into."""
 
+    def note_pairs(self, x: Tensor) -> Tensor:
+        """The complex value that pairs of real ones are; remembered, and written down only where that is needed."""
+
+    def paired(self, z: Tensor) -> Tensor | None:
+        """The pairs of real numbers that a complex value was made of."""
+
 
 def _channel(x: Tensor, t: Tensor) -> list[int]:
     """The shape in which t, one value a channel, meets x."""
@@ -157,7 +163,27 @@ def _canon() -> dict[Any, Callable[..., Any]]:
             r.note_shifted(y, a, None, b)
         return y
 
+    def pairs_of(r: Recorder, z: Any) -> Any:
+        """A complex value as pairs of real ones."""
+        return found if (found := r.paired(z)) is not None else r.call(aten.view_as_real.default, z)
+
+    def view_as_complex(r: Recorder, x: Any) -> Any:
+        return r.note_pairs(x)
+
+    def view_as_real(r: Recorder, z: Any) -> Any:
+        found = r.paired(z)
+        return r.call(aten.view_as_real.default, z) if found is None else r.call(aten.clone.default, found)
+
+    def turned(r: Recorder, y: Any, z: Any) -> Any:
+        """A product of complex values, as that of their parts is spelled (positions that turn pairs)."""
+        a, b, c, d = (r.call(aten.select.int, pairs_of(r, t), -1, i) for t in (y, z) for i in (0, 1))
+        one = r.call(aten.sub.Tensor, r.call(aten.mul.Tensor, a, c), r.call(aten.mul.Tensor, b, d))
+        two = r.call(aten.add.Tensor, r.call(aten.mul.Tensor, a, d), r.call(aten.mul.Tensor, b, c))
+        return view_as_complex(r, stack(r, [one, two], -1))
+
     def mul(r: Recorder, a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_complex() and b.is_complex():
+            return turned(r, a, b)
         for x, w in ((a, b), (b, a)):
             if _scaled_by(r, x, w) and (found := r.shifted(x)) is not None:
                 # (x - m) * s, a norm by stored statistics written out: x * s - m * s, as batch_norm_eval has it
@@ -301,6 +327,8 @@ def _canon() -> dict[Any, Callable[..., Any]]:
         aten.bmm.default: products.bmm,
         aten.sum.dim_IntList: products.summed,
         aten._prelu_kernel.default: prelu,
+        aten.view_as_complex.default: view_as_complex,
+        aten.view_as_real.default: view_as_real,
     }
 
 

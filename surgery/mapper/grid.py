@@ -123,6 +123,19 @@ class Grid:
             reach += int(values[-1])
         return True
 
+    def __contains__(self, number: int) -> bool:
+        """Does this number stand in it?"""
+        parts = sorted(self.parts, key=lambda p: -int(p.max())) if self.numel() else []
+
+        def made(rest: int, at: int) -> bool:
+            if at == len(parts):
+                return rest == 0
+            reach = sum(int(p.max()) for p in parts[at + 1 :])
+            near = parts[at][(parts[at] <= rest) & (parts[at] >= rest - reach)]
+            return any(made(rest - value, at + 1) for value in torch.unique(near).tolist())
+
+        return bool(self.numel()) and self.lo <= number <= self.hi and made(number - self.base, 0)
+
     @cached_property
     def strides(self) -> tuple[int, ...] | None:
         """One step an axis, where the numbers go in even steps along every axis."""

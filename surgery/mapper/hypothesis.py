@@ -55,7 +55,7 @@ class Hypothesis(Affine):
         self.constant: dict[str, Tensor] = {}  # buffers that keep their own value
         self.own = constants  # values of the target's own tensors, for those that may be constants
         self.maybe = maybe
-        self.used: set[int] = set()  # source elements (the first of each assignment) that have found their place
+        self.used: list[Grid] = []  # source elements that have found their place
         self.tainted: set[int] = set()
         self.folds: set[int] = set()  # products of two values whose constant factor a weight has taken
         self.folded: set[int] = set()  # values that are the reference's times such a factor
@@ -96,7 +96,7 @@ class Hypothesis(Affine):
         new = copy.copy(self)
         for name in FORKED:
             setattr(new, name, dict(getattr(self, name)))
-        new.tainted, new.used, new.choices, new.memo = set(self.tainted), set(self.used), list(self.choices), {}
+        new.tainted, new.used, new.choices, new.memo = set(self.tainted), list(self.used), list(self.choices), {}
         new.gone = set(self.gone)
         new.folds, new.folded = set(self.folds), set(self.folded)
         return new
@@ -521,6 +521,10 @@ class Hypothesis(Affine):
             return False
         ids, more = bound.lookup(numbers - held[0])
         return bool((ids == sources).all()) and not any(bool(m.any()) for m in more)
+
+    def has_place(self, number: int) -> bool:
+        """Has this source element found its place in the target?"""
+        return any(number in g for g in self.used)
 
     # -- evidence -----------------------------------------------------------------------------------------------------
     def look(self, vid: int, like: int = -1) -> bool | None:

@@ -327,7 +327,7 @@ class Meeting:
         for t, s in self.names(h, m):
             score += self.prior(t, s)
         score += sum(8.0 for t, s in self.places(h, m) if s in h.template.get(t, ()))
-        if any(k in h.used for k in firsts(m)):
+        if any(map(h.has_place, firsts(m))):
             score -= 12.0
         return score
 

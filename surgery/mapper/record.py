@@ -103,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self.windows: Any = WeakIdKeyDictionary()  # what would be a view of a parameter, were it not lifted: a copy
         self.scales: Any = WeakIdKeyDictionary()  # products of data and weights: what they are made of
         self.differences: Any = WeakIdKeyDictionary()  # a value that is x * scale - shift: those, and their numbers
+        self.pairs: Any = WeakIdKeyDictionary()  # complex values: the real ones that they were made of
         self.stack: list[str] = []
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
@@ -194,6 +195,8 @@ class Recorder(TorchDispatchMode):
     def vid(self, t: Tensor) -> int:
         """The number of a tensor; one that no recorded operator made is a constant of this program."""
         found = self.ids.get(t)
+        if found is None and (pairs := self.paired(t)) is not None:
+            found = self.ids[t] = self.vid(self.call(aten.view_as_complex.default, pairs))
         if found is None:
             real = twin.lift(t)
             found = self.add(t, Value(tuple(t.shape), real.dtype, "const"))
@@ -218,6 +221,19 @@ class Recorder(TorchDispatchMode):
         if [v.data for v in values].count(True) == 1 and any(v.weights and not v.data for v in values):
             x, w = tensors if values[0].data else reversed(tensors)
             self.scales[out] = (x, w, self.vid(out), self.vid(x), self.vid(w))
+
+    def note_pairs(self, x: Tensor) -> Tensor:
+        """The complex value that pairs of real ones are. It is written down where an operator needs it as such."""
+        z: Tensor = twin.call(aten.view_as_complex.default, (x,), {})
+        self.pairs[z] = (x, self.vid(x))
+        return z
+
+    def paired(self, z: Tensor) -> Tensor | None:
+        """The pairs of real numbers that a complex value was made of."""
+        x, vid = self.pairs.get(z, (None, -1)) if z not in self.ids else (None, -1)
+        if x is not None and self.vid(x) != vid:
+            raise NotRecordable("complex numbers are written into as real ones")
+        return x
 
     def note_shifted(self, t: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor) -> None:
         parts = (x, scale, shift)

@@ -292,7 +292,7 @@ class Search:
             value = g.total(g.part_terms(vid, part), shape)
             if value is None or not all(self.reference.occurs(v) for v in seen_as(g, vid, value)):
                 continue
-            (again if any(k in h.used for k in firsts(match)) else fresh).append(g)
+            (again if any(map(h.has_place, firsts(match))) else fresh).append(g)
             g.swapped |= match.swapped
             g.score += score
             self._remember(g, match, 2, node)
@@ -346,6 +346,11 @@ class Search:
         if better and not all(looks):
             self.reserve += [(0, g) for g, look in zip(out, looks, strict=True) if not look]
             out = [g for g, look in zip(out, looks, strict=True) if look]
+        if len(out) > 1:  # weights that have found their place come here only if all else fails
+            again = [g for g, m in taken if any(map(h.has_place, firsts(m))) and g in out]
+            if 0 < len(again) < len(out):
+                self.reserve += [(0, g) for g in again]
+                out = [g for g in out if g not in again]
         if len(out) > 1:
             supported = [g for g in out if g.supported]
             if supported:
@@ -511,10 +516,10 @@ class Search:
 
     def _remember(self, h: Hypothesis, m: Match, of: int, node: int) -> None:
         pairs = self.meeting.names(h, m)
-        fresh = not any(k in h.used for k in firsts(m))
+        fresh = not any(map(h.has_place, firsts(m)))
         places = self.meeting.places(h, m)
         h.supported = fresh and bool(places) and all(s in h.template.get(t, ()) for t, s in places)
-        h.used.update(firsts(m))
+        h.used += [s for a in m.assignments if a.sources and a.target.numel() for s in a.sources]
         if m.folds >= 0:
             h.folds.add(m.folds)
         for t, s in places:
