@@ -161,6 +161,15 @@ def test_once_keeps_the_first_of_equal_lines(made: tuple[Grid, Tensor, list[int]
     assert torch.equal(g.once(axis).dense(), t.index_select(axis, torch.tensor(first)))
 
 
+@given(chains(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_which_numbers_it_holds(made: tuple[Grid, Tensor, list[int]], data: st.DataObject) -> None:
+    g, t, _ = made
+    some = data.draw(st.lists(st.integers(int(t.min()) - 3, int(t.max()) + 3), max_size=6)) if t.numel() else [0]
+    for number in [*some, *t.reshape(-1)[:4].tolist()]:
+        assert (number in g) == bool((t == number).any())
+
+
 # -- reading and placing ----------------------------------------------------------------------------------------------
 @given(chains(first=0))
 @settings(max_examples=100, deadline=None)
