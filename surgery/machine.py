@@ -10,7 +10,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from torch import nn
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _EVERY = 0.002  # seconds between two looks at the process
+_TRIM = 0.02  # seconds between two times that freed memory is given back, at least
+_SHARE = 20  # and at least so many times as long as giving it back takes
 
 
 def available_memory() -> int | None:
@@ -62,19 +65,35 @@ def _resident() -> int | None:
 
 @contextlib.contextmanager
 def giving_back(wanted: bool) -> Iterator[None]:
-    """Inside, where it is wanted, memory of tensors that are let go of is the system's again at once. glibc would keep
-    pieces of up to 32 MiB (see surgery.twin), and cannot use one again for an aligned tensor of the same size
-    (malloc(3), mallopt(3)). Elsewhere than on glibc nothing is done."""
+    """Inside, where it is wanted, memory of tensors that are let go of is soon the system's again. glibc would keep
+    pieces of up to 32 MiB (see surgery.twin), and cannot use one again for an aligned tensor of the same size; and what
+    was freed before (a model that was built and filled from a file) it hands out a piece at a time and never gives back
+    but from its end. So a thread asks for that (malloc(3), mallopt(3), malloc_trim(3)). Elsewhere than on glibc nothing
+    is done."""
     libc = ctypes.CDLL(None) if wanted and sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
     libc.malloc_trim(0)
+    done = threading.Event()
+    trimmer = threading.Thread(target=_trim, args=(libc.malloc_trim, done), name="freed memory", daemon=True)
+    trimmer.start()
     try:
         yield
     finally:
+        done.set()
+        trimmer.join()
+        libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+
+
+def _trim(trim: Callable[[int], int], done: threading.Event) -> None:
+    took = 0.0
+    while not done.wait(max(_TRIM, _SHARE * took)):
+        started = time.perf_counter()
+        trim(0)
+        took = time.perf_counter() - started
 
 
 class Peak:

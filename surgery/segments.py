@@ -18,6 +18,7 @@ from surgery.gradients import Deferring, largest
 from surgery.mapper.record import Tape
 
 PIECE = 1 << 25  # bytes that a piece computes, at least
+STATES = 1 << 26  # bytes that cross the cuts, up to which all of them are held
 WINDOW = 32  # and at most so many times as much: a cut is where the least crosses, between the two
 
 Replay = Callable[[list[int], Mapping[int, Tensor], list[int]], dict[int, Tensor]]  # nodes, leaves, values to keep
@@ -90,25 +91,65 @@ def pulled(
     """For each leaf and each of its axes, the largest gradient in each line of the number that `total_of` makes of the
     outputs; of the same numbers as surgery.gradients.pulled."""
     pieces = cut(tape, nodes, outputs)
-    states: list[dict[int, Tensor]] = []
-    known: dict[int, Tensor] = {}
+    stages = _stages(tape, pieces)
+    ends = [*stages[1:], len(pieces)]
     with torch.no_grad():
-        for i, piece in enumerate(pieces):
-            states.append({v: known[v] for v in piece.taken})
-            keep = pieces[i + 1].taken if i + 1 < len(pieces) else outputs
-            found = replay(piece.nodes, {**leaves, **states[-1]}, keep)
-            known = {v: found[v] for v in keep if v in found}
+        starts: list[dict[int, Tensor]] = []
+        known: dict[int, Tensor] = {}
+        for first, end in zip(stages, ends, strict=True):
+            starts.append({v: known[v] for v in pieces[first].taken})
+            known = _states(pieces, first, end, starts[-1], leaves, outputs, replay)[-1]
     grads = _of_outputs(known, outputs, total_of)
     known = {}
-    first: dict[int, int] = {}  # of each leaf, the first piece that uses it, which is walked back last
+    used: dict[int, int] = {}  # of each leaf, the first piece that uses it, which is walked back last
     for i, piece in reversed(list(enumerate(pieces))):
-        first |= {v: i for index in piece.nodes for v in tape.nodes[index].inputs if v in leaves}
+        used |= {v: i for index in piece.nodes for v in tape.nodes[index].inputs if v in leaves}
     done: dict[int, list[Tensor]] = {}
-    with torch.enable_grad():
-        for i, piece in reversed(list(enumerate(pieces))):
-            last = {v for v, at in first.items() if at == i}
-            _walk_back(tape, piece, states.pop(), leaves, grads, replay, last, done)
+    for first, end in reversed(list(zip(stages, ends, strict=True))):
+        with torch.no_grad():
+            states = _states(pieces, first, end - 1, starts.pop(), leaves, outputs, replay, all_of=True)
+        for i in reversed(range(first, end)):
+            last = {v for v, at in used.items() if at == i}
+            with torch.enable_grad():
+                _walk_back(tape, pieces[i], states.pop(), leaves, grads, replay, last, done)
     return done
+
+
+def _stages(tape: Tape, pieces: list[Piece]) -> list[int]:
+    """The first pieces of the stages that are run again as wholes, so that of n states that would have to be held only
+    about twice the root of n are, at the price of one more run. One stage, where they are small."""
+    sizes = [sum(_bytes(tape, v) for v in piece.taken) for piece in pieces]
+    if sum(sizes) <= STATES:
+        return [0]
+    stages, held = [0], 0
+    for i, size in enumerate(sizes):
+        if held + size > sum(sizes) / math.sqrt(len(sizes)) and i > stages[-1]:
+            stages.append(i)
+            held = 0
+        held += size
+    return stages
+
+
+def _states(
+    pieces: list[Piece],
+    first: int,
+    end: int,
+    start: dict[int, Tensor],
+    leaves: Mapping[int, Tensor],
+    outputs: list[int],
+    replay: Replay,
+    *,
+    all_of: bool = False,
+) -> list[dict[int, Tensor]]:
+    """What the pieces from `first` up to `end` itself take, run from `start` on; or only what the last of them takes.
+    After the last piece, the outputs."""
+    states = [start]
+    for i in range(first, end):
+        keep = pieces[i + 1].taken if i + 1 < len(pieces) else outputs
+        found = replay(pieces[i].nodes, {**leaves, **states[-1]}, keep)
+        state = {v: found[v] for v in keep if v in found}
+        states = [*states, state] if all_of else [state]
+    return states
 
 
 def _of_outputs(

@@ -27,6 +27,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny model has many."""
     monkeypatch.setattr(segments, "PIECE", 1 << 13)
     monkeypatch.setattr(segments, "WINDOW", 4)
+    monkeypatch.setattr(segments, "STATES", 1 << 12)
     monkeypatch.setattr(gradients, "LARGE", 256)
     monkeypatch.setattr(exercise, "ROWS", 100)
 
