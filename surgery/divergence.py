@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def diverge(judge: Judge, at: int) -> Divergence:
         found = _recorded(judge, at)
     except (GraftError, Untold):
         found = None  # a run that no tape holds: its modules are compared instead
-    return found or _by_modules(judge, at)
+    return replace(found or _by_modules(judge, at), input=judge.inputs[at][0])
 
 
 def _recorded(judge: Judge, at: int) -> Divergence | None:
@@ -171,7 +171,8 @@ def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Diverg
         return Divergence(module, theirs, residual, f"{said} (on {label}{nearly})", "", file, line)
     fix = f"{where}: {cause.said}"
     further = _further(place, cause) if cause.edit else ()
-    also = f"; once that is corrected, {', '.join(further)} still differ" if further else ""
+    differ = "differs" if len(further) == 1 else "differ"
+    also = f"; once that is corrected, {', '.join(further)} still {differ}" if further else ""
     why = f"{fix} ({label}: the outputs part there{nearly}{also})"
     return Divergence(module, theirs, residual, why, cause.cause, file, line, fix, further)
 

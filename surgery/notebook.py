@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
+
+from surgery.proof import power
 
 if TYPE_CHECKING:
     from surgery.proof import PassResult, Proof
@@ -59,13 +60,9 @@ def _passes(of: Proof) -> str:
 
 
 def _pass(of: PassResult) -> tuple[str, ...]:
-    said = ", ".join(f"{name} {_power(value)}" for name, value in of.residuals.items())
+    said = ", ".join(f"{name} {power(value)}" for name, value in of.residuals.items())
     shown = "; ".join(text for text in (said, of.why) if text)
-    return of.name, of.status, shown, _power(of.gate) if of.status != "not run" else ""
-
-
-def _power(value: float) -> str:
-    return f"{value:.1e}" if math.isfinite(value) else "cannot be compared"
+    return of.name, of.status, shown, power(of.gate) if of.status != "not run" else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ The judge that fills it in is surgery.judge; nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -50,9 +51,10 @@ class PassResult:
     def __str__(self) -> str:
         if self.status == "not run":
             return f"{self.name}: not run: {self.why}"
-        said = ", ".join(f"{name} {value:.1e}" for name, value in self.residuals.items())
+        said = ", ".join(f"{name} {power(value)}" for name, value in self.residuals.items())
+        where = f" on {', '.join(self.inputs)}" if self.inputs else ""
         why = f"; {self.why}" if self.why else ""
-        return f"{self.name}: {self.status}: {said} (gate {self.gate:.1e}){why}"
+        return f"{self.name}: {self.status}: {said} (gate {power(self.gate)}){where}{why}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Divergence:
     line: int = 0
     fix: str = ""  # in the person's words: "Block.norm1 (mymodel.py:41): eps is 1e-05, the source has 1e-12"
     further: tuple[str, ...] = ()  # modules that add an error of their own once this one is corrected
+    input: str = ""  # the proof input on which the two part: "plain", "padded" ...
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -81,6 +84,7 @@ class Divergence:
             "line": self.line,
             "fix": self.fix,
             "further": list(self.further),
+            "input": self.input,
         }
 
     def __str__(self) -> str:
@@ -150,7 +154,7 @@ class Proof:
 
     def _sentences(self) -> Iterator[str]:
         for p in self.passes:
-            yield f"{p} on {', '.join(p.inputs)}" if p.inputs else str(p)
+            yield str(p)
         yield from self.departures_said()
         for output, where in self.surface.items():
             yield f"{output} is computed at {where}"
@@ -174,7 +178,7 @@ class Proof:
                 f"its place, in {place}; the rest is proven around it"
             )
         if self.departed:
-            moved = ", ".join(f"{name} {_said(value)}" for name, value in self.departed.items())
+            moved = ", ".join(f"{name} {power(value)}" for name, value in self.departed.items())
             yield f"by all departures together the outputs differ: {moved}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -206,8 +210,9 @@ class Proof:
         return "\n".join([head, *self._sentences()])
 
 
-def _said(value: float) -> str:
-    return f"{value:.1e}" if value != float("inf") else "(not comparable)"
+def power(value: float) -> str:
+    """A residual or a gate, as a person reads it; one that is not finite is no number to be told."""
+    return f"{value:.1e}" if math.isfinite(value) else "cannot be compared"
 
 
 def _finite(value: float) -> float | None:

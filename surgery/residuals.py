@@ -77,8 +77,10 @@ def by_depth(
     passes: Iterable[str] = ("cpu/float64", "cpu/float32"),
     rules: Iterable[object] = (),
     into: str = "",
+    on: str = "",
 ) -> tuple[Depth, ...]:
-    """The residual of every module that can be paired, in each of `passes`, on the first proof input.
+    """The residual of every module that can be paired, in each of `passes`, on the proof input of the label `on`; on
+    the first one where that is empty, or no input's.
 
     Changes nothing. Each pass runs both sides once and holds what their modules return. A pass that cannot be run says
     why. GraftError and PlanError as surgery.verify raises them; SurgeryError for a pass that does not parse.
@@ -97,18 +99,19 @@ def by_depth(
         relative.check(made.base, infos(module))
         assert made.probe is not None
         judge = Judge(made.source, module, made.inward(relative), made.probe)
-        theirs, ours = _run(judge, None)
+        x = next((x for x in judge.inputs if x[0] == on), judge.inputs[0])
+        theirs, ours = _run(judge, None, x)
         pairs = _pairs(judge, theirs, ours)
         exact = [pair.expected(theirs) for pair in pairs]
-        return tuple(_depth(judge, each, pairs, exact, ours) for each in wanted)
+        return tuple(_depth(judge, each, x, pairs, exact, ours) for each in wanted)
 
 
-def _run(judge: Judge, wanted: Any) -> tuple[list[Call], list[Call]]:
-    """The calls of both sides on the first proof input: of float64 twins, or of copies in the type of a pass."""
+def _run(judge: Judge, wanted: Any, on: tuple[str, Any]) -> tuple[list[Call], list[Call]]:
+    """The calls of both sides on a proof input: of float64 twins, or of copies in the type of a pass."""
     from surgery.passes import outputs
     from surgery.running import build
 
-    label, x = judge.inputs[0]
+    label, x = on
     surfaced = judge.probe.run_target is None
     theirs: list[Call] = []
     ours: list[Call] = []
@@ -124,13 +127,20 @@ def _run(judge: Judge, wanted: Any) -> tuple[list[Call], list[Call]]:
     return theirs, ours
 
 
-def _depth(judge: Judge, wanted: Any, pairs: Sequence[_Pair], exact: Sequence[Tensor], twins: Sequence[Call]) -> Depth:
+def _depth(
+    judge: Judge,
+    wanted: Any,
+    on: tuple[str, Any],
+    pairs: Sequence[_Pair],
+    exact: Sequence[Tensor],
+    twins: Sequence[Call],
+) -> Depth:
     import torch
 
     from surgery import surface
     from surgery.passes import unavailable
 
-    label = judge.inputs[0][0]
+    label = on[0]
     why = unavailable(wanted) or ("inside of a compiled program there is nothing to see" if wanted.compiled else "")
     if why:
         return Depth(wanted.name, label, (), why=why)
@@ -138,7 +148,7 @@ def _depth(judge: Judge, wanted: Any, pairs: Sequence[_Pair], exact: Sequence[Te
     ours = twins
     if wanted.dtype is not torch.float64 or wanted.device != judge.device:
         try:
-            theirs, ours = _run(judge, wanted)
+            theirs, ours = _run(judge, wanted, on)
         except GraftError as error:
             return Depth(wanted.name, label, (), why=str(error))
         if [call.module for call in ours] != [call.module for call in twins]:

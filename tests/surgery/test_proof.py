@@ -413,6 +413,9 @@ def test_a_proof_is_json(bert: nn.Module) -> None:
     odd = Proof((PassResult("cpu/float64", "failed", "no", {"y": float("inf")}, differs=True),))
     assert json.loads(json.dumps(odd.as_dict(), allow_nan=False))["passes"][0]["residuals"] == {"y": None}
     assert odd.verdict == "refuted"
+    assert "y cannot be compared (gate 1.0e-12); no" in str(odd)
+    on = PassResult("cpu/float32", "passed", "gate: 4 times", {"y": 1e-7}, 1e-6, ("plain", "padded"))
+    assert str(on) == "cpu/float32: passed: y 1.0e-07 (gate 1.0e-06) on plain, padded; gate: 4 times"
     assert Proof((PassResult("cuda/float32", "not run", "no CUDA device"),)).verdict == "ambiguous"
 
 

@@ -108,6 +108,40 @@ class Pair(nn.Module):
         return self.two((self.one(x) - int(isinstance(self.one, Shifted))).tanh())
 
 
+class Hides(nn.Module):
+    """A sum over what the mask keeps; or, where it is forgotten, over all."""
+
+    def __init__(self, forgets: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.forgets = nn.Linear(4, 4), nn.Linear(4, 2), forgets
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        return self.last(y if self.forgets else y * mask[..., None])
+
+
+def test_two_that_part_on_one_input_only_are_compared_on_that_one() -> None:
+    theirs, mine = Hides(False), Hides(True)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    some = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    asks = surgery.Probe(
+        reference=theirs,
+        run_reference=lambda module, given: module(*given),
+        run_target=lambda module, given: module(*given),
+        inputs=[(x, torch.ones(2, 3)), (x + 1, torch.ones(2, 3)), (x + 2, some)],
+    )
+    plan = surgery.plan(theirs.state_dict(), Hides(False), probe=asks)
+    parted = surgery.verify(theirs.state_dict(), mine, plan, probe=asks).divergence
+    assert parted is not None
+    assert parted.as_dict()["input"] == parted.input != ""
+    worst = {
+        on: max(point.residual for point in by_depth(theirs.state_dict(), mine, plan, probe=asks, on=on)[0].points)
+        for on in ("", parted.input)
+    }
+    assert worst[""] < 1e-12
+    assert worst[parted.input] > 1e-3
+
+
 def test_what_computes_the_same_in_another_way_is_no_difference() -> None:
     torch.manual_seed(0)
     theirs = Pair().eval()
