@@ -66,8 +66,9 @@ def parse(name: str) -> Pass:
     plain, plus, backend = name.partition(COMPILE)
     device, _, dtype = plain.partition("/")
     if dtype not in _DTYPES or (backend and not backend.startswith(":")):
+        why = f"there is no type {dtype!r}" if dtype and dtype not in _DTYPES else "it is written device/type"
         raise SurgeryError(
-            f"{name!r} is no pass: it is written device/type",
+            f"{name!r} is no pass: {why}",
             hint=f"For instance cpu/float32 or cuda/bfloat16; the types are {', '.join(_DTYPES)}. "
             f"A name that ends in {COMPILE} goes through torch.compile.",
         )

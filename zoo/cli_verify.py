@@ -95,7 +95,12 @@ def verify(
         proof, way = _verified(job, made.plan, passes, into, blockwise, allowed)
     proven = proof.verdict in ("proven", "adapted")
     unmet = list(passing.unmet(proof, required))
-    verdict = "differs" if wrong and proven else proof.verdict
+    verdict = proof.verdict
+    if proven and (wrong or unmet):  # what was run is the plan: its verdict is no answer to what was asked
+        verdict = "differs" if wrong else "unmet"
+    others = [each for each in wrong if each.startswith(written.OTHER_WEIGHTS)]
+    if others and proven:
+        wrong.append("what passed are the values that the plan gives")
     message = "; ".join([*wrong, *([proof.message] if proof.message else []), *unmet])
     good = proven and not wrong and not unmet
     thing = {
@@ -125,7 +130,10 @@ def verify(
     out.data(thing, human, lambda: verdict)
     if page is not None:
         out.note(f"the report is {page}")
-    if wrong:
+    if others:
+        fresh = path.with_name(f"{path.stem}-as-planned{path.suffix}")
+        out.hint(f"zoo graft {ref} {file} --plan {made.path} -o {fresh} writes what the plan gives, beside yours")
+    elif wrong:
         out.hint(f"zoo graft {ref} {file} -o {path} --plan {made.path} applies the plan as it is, and verifies it")
     return 0 if good else NO
 

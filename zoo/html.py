@@ -48,7 +48,15 @@ STATUSES = {
     "used": ("●", "something in the target is made of it"),
     "dropped": ("✗", "nothing in the target is made of it"),
 }
-_VERDICTS = {"proven": "✓", "adapted": "≈", "consistent": "~", "ambiguous": "?", "refuted": "✗", "differs": "✗"}
+_VERDICTS = {
+    "proven": "✓",
+    "adapted": "≈",
+    "consistent": "~",
+    "ambiguous": "?",
+    "refuted": "✗",
+    "differs": "✗",
+    "unmet": "✗",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Told:
     into: str = ""  # the submodule that was grafted into; what was proven names modules from there
     verdict: str = ""  # where it is not the report's own
     message: str = ""
+    chosen: str = ""  # that a person took one of several mappings that fit
 
 
 def check_free(path: str | None) -> Path | None:
@@ -133,7 +142,7 @@ def page(report: surgery.Report, told: Told) -> str:
         told=told,
         verdict=verdict,
         sign=_VERDICTS.get(verdict, ""),
-        said=account.verdict(report).partition(": ")[2] if not told.verdict else "",
+        said=account.verdict(report, chosen=told.chosen).partition(": ")[2] if not told.verdict else "",
         reasons=_reasons(report, told),
         divergence=parted,
         divergence_at=module,

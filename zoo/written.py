@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.resolving import Source
 
 SUFFIX = ".safetensors"
+OTHER_WEIGHTS = "the weights are not what the plan gives"
 _MARK = "weightzoo"  # in the metadata of weights that a graft wrote
 
 
@@ -213,15 +215,16 @@ def start_from(model: nn.Module, path: str) -> None:
     missing = [name for name in state if name not in own]
     strange = [name for name in own if name not in state]
     shapes = [
-        f"{name} is {list(own[name].shape)}, not {list(state[name].shape)}"
+        f"{name} is {list(own[name].shape)} there, and {list(state[name].shape)} in the module"
         for name in state
         if name in own and tuple(own[name].shape) != tuple(state[name].shape)
     ]
-    problems = [*_some("lacks", missing), *_some("holds, and the module has not,", strange), *shapes[:3]]
+    problems = [*_some("it lacks", missing), *_some("it holds, and the module has not,", strange), *shapes[:3]]
+    problems += [f"and {len(shapes) - 3} more are of another shape"] if len(shapes) > 3 else []
     if problems:
         near = did_you_mean(strange[0], missing) if strange and missing else ""
         raise ZooError(
-            f"{path} is not of this module: it {'; '.join(problems)}",
+            f"{path} is not of this module: {'; '.join(problems)}",
             kind="weights",
             hint=near or "give the constructor the arguments that it was saved with, by --set",
         )
@@ -256,7 +259,7 @@ def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
     changed = [name for name, digest in plan.source.files.items() if now.get(name) != digest]
     if changed:
         found.append(f"{', '.join(changed)} of {source.ref} is not the file that was grafted")
-    other = []
+    other: list[tuple[str, float, str]] = []
     for row in plan.rows:
         origin = row if row.tied_to is None else plan[row.tied_to]
         if origin.expr is None:
@@ -265,8 +268,29 @@ def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
         held = made.weights.read(row.target)
         # By bytes: zeros have two signs, and what is not a number equals nothing.
         if value.dtype != held.dtype or raw_bytes(value, row.target) != raw_bytes(held, row.target):
-            other.append(row.target)
+            other.append((row.target, *_apart(value, held)))
     if other:
+        other.sort(key=lambda each: -each[1])  # the farthest first; those of one distance as they stand in the plan
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        found.append(f"the weights are not what the plan gives: {', '.join(other[:3])}{more}")
+        said = ", ".join(f"{name} ({how})" for name, _, how in other[:3])
+        found.append(f"{OTHER_WEIGHTS}: {said}{more}")
     return found
+
+
+def _apart(value: Tensor, held: Tensor) -> tuple[float, str]:
+    """How far apart two tensors of one shape are, in float64: a number to sort by, and what a person is told."""
+    import torch
+
+    from surgery.dtypes import name_of
+
+    wide = torch.complex128 if value.is_complex() or held.is_complex() else torch.float64
+    made, found = value.to(wide), held.to(wide)
+    apart, norm = float((found - made).norm()), float(made.norm())
+    relative = apart / norm if norm else math.inf if apart else 0.0
+    if math.isfinite(relative):
+        said = f"relative {relative:.1e}"
+    else:
+        said = "zeros in the plan" if math.isfinite(apart) else "not finite on one side"
+        relative = math.inf
+    types = "" if value.dtype == held.dtype else f"{name_of(held.dtype)}, not {name_of(value.dtype)}; "
+    return relative, types + said

@@ -84,7 +84,7 @@ def test_what_is_required_and_not_there(run: Run, required: str) -> None:
     assert "no CUDA device" in done.json["message"]
     told = run("--on", "cpu/float32", "--require", required)
     assert told.status == 1
-    assert told.out.splitlines()[-1].startswith(f"proven: {required} is required, and cuda/")
+    assert told.out.splitlines()[-1].startswith(f"unmet: {required} is required, and cuda/")
 
 
 @GPU
