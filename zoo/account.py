@@ -218,8 +218,11 @@ def reasons(report: surgery.Report) -> Iterator[str]:
         yield f"first divergence: {parted}"
 
 
-def verdict(report: surgery.Report) -> str:
-    """The answer in one line."""
+def verdict(report: surgery.Report, *, chosen: str = "") -> str:
+    """The answer in one line. `chosen` says that a person took one of several mappings that fit."""
+    if chosen and str(report.verdict) == "consistent":
+        return f"{report.verdict}: it fits names, shapes and structure, as others do; {chosen}; nothing was run"
+    several = "more than one mapping fits, and they are not equivalent"
     proof = report.proof
     but = "the rows that are marked"
     if proof is not None and proof.departures:
@@ -228,7 +231,7 @@ def verdict(report: surgery.Report) -> str:
         "proven": "the same function, by running both in float64",
         "adapted": f"the same function, but for {but}",
         "consistent": "one mapping fits names, shapes and structure; nothing was run",
-        "ambiguous": "more than one mapping fits, and they are not equivalent",
+        "ambiguous": several if report.candidates else "it is not settled what becomes what",
         "refuted": "it ran, and computes something else",
     }
     return f"{report.verdict}: {said[str(report.verdict)]}"

@@ -137,11 +137,12 @@ def plan(out: Out, asked: Asked) -> int:
     _wait(out, job)
     report, job = _operate(job, asked, force=False)
     _tell(out, job, asked, report, [])
-    if _accepted(report, asked, force=False):
+    good = _accepted(report, job, asked, force=False)
+    if good:
         out.hint(f"zoo graft {asked.ref} {asked.file} writes the weights")
     else:
         _remedies(out, asked, report)
-    return 0 if _accepted(report, asked, force=False) else NO
+    return 0 if good else NO
 
 
 @command("graft", "Fill your module with pretrained weights, prove it, and write them beside it.")
@@ -174,7 +175,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
     job = replace(_prepare(out, asked), fill=not files.to_file)
     _wait(out, job)
     report, job = _operate(job, asked, force=force)
-    good = _accepted(report, asked, force=force)
+    good = _accepted(report, job, asked, force=force)
     wrote: list[Path] = []
     if good and files.to_file:
         report, wrote = to_file.written_by(asked, files, job.source, report, job.target.model, weights)
@@ -206,6 +207,7 @@ class Job:
     notes: tuple[str, ...] = ()
     plan: surgery.Plan | None = None  # the one to apply, where one was given
     way: Attempt | None = None  # the one that it went, once it is done
+    chosen: str = ""  # that of several candidates the one was applied that --accept names
     fill: bool = True  # in memory; else what is written goes from file to file
 
 
@@ -310,6 +312,7 @@ def _operate(job: Job, asked: Asked, *, force: bool) -> tuple[surgery.Report, Jo
     from zoo.grafting import best_of
 
     needed = surgery.Verdict(asked.require)
+    chosen = ""
     with _running(job.target):
         report, way = best_of(job.ways(), lambda way: _graft(job, asked, way, job.plan, asked.require), needed)
         if asked.accept is not None and report.candidates:
@@ -317,11 +320,13 @@ def _operate(job: Job, asked: Asked, *, force: bool) -> tuple[surgery.Report, Jo
                 raise ZooError(
                     f"there are {len(report.candidates)} candidates, and --accept asks for number {asked.accept}"
                 )
-            chosen = report.candidates[asked.accept - 1]
-            report = _graft(job, asked, way, chosen, "refuted" if force else "ambiguous")
+            candidate = report.candidates[asked.accept - 1]
+            chosen = f"--accept {asked.accept} chose among {len(report.candidates)} mappings that fit"
+            candidate = replace(candidate, notes=(*candidate.notes, chosen))  # kept in the plan's file
+            report = _graft(job, asked, way, candidate, "refuted" if force else "ambiguous")
         elif force and report.verdict.rank < needed.rank:
             report = _graft(job, asked, way, job.plan, "refuted")
-    return report, replace(job, notes=(*job.notes, *way.notes), way=way)
+    return report, replace(job, notes=(*job.notes, *way.notes), way=way, chosen=chosen)
 
 
 def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, least: str) -> surgery.Report:
@@ -377,8 +382,8 @@ def _rank(verdict: str) -> int:
     return Verdict(verdict).rank
 
 
-def _accepted(report: surgery.Report, asked: Asked, *, force: bool) -> bool:
-    if force or (asked.accept is not None and str(report.verdict) == "ambiguous" and not report.candidates):
+def _accepted(report: surgery.Report, job: Job, asked: Asked, *, force: bool) -> bool:
+    if force or (job.chosen and str(report.verdict) == "ambiguous"):
         return True
     return report.verdict.rank >= _rank(asked.require) and not _unmet(report, asked)
 
@@ -404,15 +409,17 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
 
     def human() -> str:
         head = out.style(f"{job.source.ref} -> {job.target}", "bold")
-        good = _accepted(report, asked, force=bool(wrote))
+        good = _accepted(report, job, asked, force=bool(wrote))
         width = account.terminal_width()
         lines = [head, f"from {job.source.located.where}", ""]
         if good or asked.why:
             lines.append(account.render(report, why=asked.why, width=width))
             lines += account.wrapped([f"  {note}" for note in job.notes], width)
-        lines.append(out.style(account.verdict(report), "green" if good else "red"))
+        lines.append(out.style(account.verdict(report, chosen=job.chosen), "green" if good else "red"))
         unmet = [f"  {each}" for each in _unmet(report, asked)]
         lines += account.wrapped([*account.reasons(report), *unmet, *account.candidates(report)], width)
+        if not (good or asked.why):  # what the answer rests on, also where it is no
+            lines += account.wrapped([f"  {note}" for note in job.notes], width)
         lines += [account.counts(report)] if report.rows else []
         lines += [f"{'wrote' if i == 0 else '     '} {path}" for i, path in enumerate(wrote)]
         return "\n".join(lines)
@@ -423,6 +430,8 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
 def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
     if str(report.verdict) == "ambiguous" and report.candidates:
         out.hint("nothing was written; --accept N takes a candidate")
+    elif asked.accept is not None and str(report.verdict) == "ambiguous":
+        out.hint("nothing was written: there is no candidate that --accept could take; --why shows what is open")
     elif str(report.verdict) in ("ambiguous", "refuted"):
         out.hint(f"nothing was written; --why shows what was found, {_meant(report)}--force writes it all the same")
     elif report.verdict.rank < _rank(asked.require):
@@ -476,6 +485,7 @@ def _write_page(
         into=into,
         verdict="" if verdict == str(report.verdict) else verdict,
         message=message,
+        chosen=job.chosen,
     )
     html.write(path, html.page(report, told))
 
@@ -488,6 +498,7 @@ def _depth(job: Job, report: surgery.Report, into: str, passes: tuple[str, ...])
     if job.way is None or job.way.probe is None:
         return (), "Nothing was run."
     wanted = ("cpu/float64", *passes) if passes else ("cpu/float64", "cpu/float32")
+    parted = report.proof.divergence if report.proof is not None else None
     try:
         with _running(job.target):
             found = by_depth(
@@ -498,6 +509,7 @@ def _depth(job: Job, report: surgery.Report, into: str, passes: tuple[str, ...])
                 passes=wanted,
                 rules=job.way.rules,
                 into=into,
+                on=parted.input if parted is not None else "",
             )
     except (surgery.GraftError, surgery.PlanError) as error:  # of an ambiguous plan, whose rows may be incomplete
         return (), f"It could not be measured: {error}"

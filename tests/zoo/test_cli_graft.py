@@ -247,10 +247,75 @@ def test_verify_finds_other_weights(run: Run, folder: Path) -> None:
     tensors["layers.0.wo.weight"][0, 0] += 1e-6
     save_file(tensors, "mine.safetensors")
     done = run("verify", REF, "mine.py")
-    assert (done.status, done.out.splitlines()[-1]) == (
-        1,
-        "differs: the weights are not what the plan gives: layers.0.wo.weight",
-    )
+    last = done.out.splitlines()[-1]
+    assert done.status == 1
+    assert last.startswith("differs: the weights are not what the plan gives: layers.0.wo.weight (relative ")
+    assert last.endswith("; what passed are the values that the plan gives")
+    # What is advised does not write over weights that may have been trained since.
+    assert "-o mine-as-planned.safetensors" in done.err
+
+
+def test_verify_says_how_other_weights_differ_the_most_first(run: Run, folder: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file("mine.safetensors").items()}
+    tensors["layers.0.wo.weight"] *= -1
+    tensors["layers.1.wo.weight"][0, 0] = float("nan")
+    save_file(tensors, "mine.safetensors")
+    last = run("verify", REF, "mine.py", "--on", "cpu/float32").out.splitlines()[-1]
+    said = "layers.1.wo.weight (BF16, not F32; not finite on one side), "
+    said += "layers.0.wo.weight (BF16, not F32; relative 2.0e+00), "
+    assert last.startswith(f"differs: the weights are not what the plan gives: {said}")
+
+
+def test_weights_of_another_module(run: Run, folder: Path) -> None:
+    tensors = load_file("mine.safetensors")
+    shape = list(tensors["layers.0.wo.weight"].shape)
+    tensors["layers.0.wo.weight"] = torch.zeros(3, 2)
+    save_file(tensors, "mine.safetensors")
+    done = run("verify", REF, "mine.py")
+    assert (done.status, done.out) == (2, "")
+    said = f"layers.0.wo.weight is [3, 2] there, and {shape} in the module"
+    assert f"error: mine.safetensors is not of this module: {said}\n" in done.err
+
+
+SQUARE = """
+import torch
+from torch import nn
+
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x):
+        return x @ self.w
+"""
+
+
+def test_a_candidate_that_a_person_chose_is_not_called_the_only_one(run: Run, folder: Path) -> None:
+    (folder / "square.py").write_text(SQUARE)
+    weight = torch.randn(4, 4)
+    save_file({"w.weight": weight}, "square_source.safetensors")
+    asked = ("graft", "file:square_source.safetensors", "square.py")
+    refused = run(*asked)
+    assert (refused.status, "candidate 2 (--accept 2)" in refused.out) == (1, True)
+    assert "was not recognised, so there is no reference to run; nothing was run" in refused.out
+    done = run(*asked, "--accept", "2")
+    assert done.status == 0
+    assert "as others do; --accept 2 chose among 2 mappings that fit; nothing was run" in done.out
+    assert "one mapping fits" not in done.out
+    assert "--accept 2 chose among 2 mappings" in (folder / "square.graft.toml").read_text()
+    assert torch.equal(load_file("square.safetensors")["w"], weight.T)
+
+
+def test_where_there_is_no_candidate_none_is_accepted(run: Run, folder: Path) -> None:
+    """Nothing fits: that is not several mappings, and what is initialised at random is not written."""
+    (folder / "square.py").write_text(SQUARE)
+    save_file({"a": torch.randn(4, 4), "b": torch.randn(4, 4)}, "square_source.safetensors")
+    done = run("graft", "file:square_source.safetensors", "square.py", "--accept", "1")
+    assert (done.status, "ambiguous: it is not settled what becomes what" in done.out) == (1, True)
+    assert "there is no candidate that --accept could take" in done.err
+    assert not (folder / "square.safetensors").exists()
 
 
 def test_verify_finds_an_edited_plan(run: Run, folder: Path) -> None:
