@@ -291,7 +291,7 @@ def _measured(a: _Side, b: _Side, found: Difference) -> Difference:
     widths = [dtypes.bits(info.dtype) // 8 for info in (one, two)]
     step = _CHUNK // 16
     square = norm = largest = 0.0
-    differing = 0
+    differing = unbounded = 0
     for start in range(0, one.numel, step):
         count = min(step, one.numel - start)
         x = _floats(ours(start * widths[0], count * widths[0]), one.dtype)
@@ -302,12 +302,15 @@ def _measured(a: _Side, b: _Side, found: Difference) -> Difference:
         differing += int((unlike.view(count, -1)).any(1).sum())
         size = delta.abs()
         size[size.isnan()] = math.inf
+        unbounded += int(size.isinf().sum())
         largest = max(largest, float(size.max()))
         square += float(size.square().sum())
         norm += float(x.square().nansum())
     notes = () if differing or found.retyped else ("only signs of zeros or kinds of NaN differ",)
-    unbounded = not norm or not math.isfinite(norm)
-    relative = 0.0 if square == 0.0 else math.inf if unbounded else math.sqrt(square / norm)
+    if unbounded:
+        notes = (f"{unbounded} {'are' if unbounded > 1 else 'is'} not finite on one side",)
+    known = norm and math.isfinite(norm)
+    relative = 0.0 if square == 0.0 else math.sqrt(square / norm) if known else math.inf
     return replace(found, relative=relative, largest=largest, elements=differing, notes=notes)
 
 

@@ -65,6 +65,19 @@ def wrapped(lines: Iterable[str], width: int | None) -> Iterator[str]:
         yield from textwrap.wrap(line.strip(), width, initial_indent=indent, subsequent_indent=f"{indent}  ")
 
 
+def fitted(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """A table in lines of at most `width`: where a row is wider, its last column stands below the others."""
+    if width is None:
+        yield from table(rows).splitlines()
+        return
+    heads = table([row[:-1] for row in rows]).splitlines()
+    for row, head, line in zip(rows, heads, table(rows).splitlines(), strict=True):
+        if len(line) <= width:
+            yield line
+        else:
+            yield from wrapped([head.rstrip(), *([f"    {row[-1]}"] if row[-1] else [])], width)
+
+
 def _sections(report: surgery.Report, *, why: bool, width: int | None) -> Iterator[str]:
     shapes = {row.target: row for row in report.plan.rows}
     for status, (title, means) in _TOLD.items():

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo import show
+from zoo import account, show
 from zoo.cli import command, host_for
 from zoo.errors import NO
-from zoo.out import Out, table
+from zoo.out import Out
 
 if TYPE_CHECKING:
     from surgery.diff import Diff, Difference
@@ -58,7 +58,8 @@ def diff(out: Out, a: str, b: str, whole: bool) -> int:
             for letter, each, tensors in (("A", located[0], left), ("B", located[1], right))
         ]
         answer = out.style(verdict(found), "green" if found.same else "yellow")
-        return "\n".join([table(sides), *lines(found, whole=whole), answer])
+        width = account.terminal_width()
+        return "\n".join([*account.fitted(sides, width), *lines(found, whole=whole, width=width), answer])
 
     out.data(thing, human, lambda: "same" if found.same else "differs")
     for checkpoint in (left, right):
@@ -77,15 +78,16 @@ def verdict(found: Diff) -> str:
     return "differs: " + ", ".join(f"{n} {short.get(status, status)}" for status, n in found.counts.items())
 
 
-def lines(found: Diff, *, whole: bool = False) -> Iterator[str]:
-    """What differs, a section for each kind; with `whole`, what is the same too, and all of it."""
+def lines(found: Diff, *, whole: bool = False, width: int | None = None) -> Iterator[str]:
+    """What differs, a section for each kind; with `whole`, what is the same too, and all of it. In lines of at most
+    `width` where that is given, as on a terminal."""
     for status, title in _TITLES.items():
         rows = [row for row in found.rows if row.status == status]
         if not rows or (found.same and not whole):  # then the answer says it all
             continue
         yield f"{title}: {len(rows)} tensor{'s' * (len(rows) > 1)}"
         if status != "same" or whole:
-            yield from _indented(_rows(rows, whole))
+            yield from _indented(_rows(rows, whole, width and width - 2))
     for letter, other, ties, others in (
         ("A", "B", found.left_ties, found.right_ties),
         ("B", "A", found.right_ties, found.left_ties),
@@ -96,7 +98,7 @@ def lines(found: Diff, *, whole: bool = False) -> Iterator[str]:
             yield from _indented(_some([" = ".join(names) for names in shown], whole))
 
 
-def _rows(rows: Sequence[Difference], whole: bool) -> list[str]:
+def _rows(rows: Sequence[Difference], whole: bool, width: int | None) -> list[str]:
     """A line for each; of those that were measured the largest change first, the others with repeated blocks in one."""
     from surgery.fold import Line, Ranges, fold, spell_range
 
@@ -110,7 +112,10 @@ def _rows(rows: Sequence[Difference], whole: bool) -> list[str]:
     cells = [(row.name, _what(row), "; ".join(_said(row))) for row in measured]
     for line in fold(plain, ranges):
         cells.append((f"{line.name} {line.texts[0]}".rstrip(), str(line.rest), line.texts[1]))
-    shown = _some(table(cells).splitlines(), whole)
+    kept = cells if whole else cells[:_MOST]
+    shown = list(account.fitted(kept, width))
+    if len(cells) > len(kept):
+        shown.append(f"... and {len(cells) - len(kept)} more; --all shows all")
     used = [name for name in ranges.numbers if any(f"{{{name}" in line for line in shown)]
     if used:
         shown.append("with " + ", ".join(f"{name} = {spell_range(ranges.numbers[name])}" for name in used))
@@ -134,15 +139,14 @@ def _said(row: Difference) -> Iterator[str]:
     if row.axes is not None:
         yield "transposed" if row.axes == (1, 0) else f"axes in the order {', '.join(map(str, row.axes))}"
     if row.relative is not None and row.left_info is not None:
-        yield (
-            f"relative {_number(row.relative)}, largest {_number(row.largest or 0.0)}, "
-            f"{row.elements} of {row.left_info.numel} elements"
-        )
+        measures = (("relative", row.relative), ("largest", row.largest or 0.0))
+        said = [f"{what} {_number(value)}" for what, value in measures if math.isfinite(value)]
+        yield ", ".join([*said, f"{row.elements} of {row.left_info.numel} elements"])
     yield from row.notes
 
 
 def _number(value: float) -> str:
-    return f"{value:.1e}" if math.isfinite(value) and value else f"{value:g}"
+    return f"{value:.1e}" if value else "0"
 
 
 def _some(shown: list[str], whole: bool) -> list[str]:

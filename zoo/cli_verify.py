@@ -13,7 +13,7 @@ from zoo import account, passing
 from zoo.cli import command
 from zoo.cli_graft import Asked, Job, _page_for, _prepare, _running, _write_page
 from zoo.errors import NO, ZooError
-from zoo.out import Out, size, table
+from zoo.out import Out, size
 
 if TYPE_CHECKING:
     import surgery
@@ -117,7 +117,7 @@ def verify(
         lines = [f"{job.source.ref} -> {job.target}, weights {path}", *account.said(proof)]
         last = f"{verdict}: {message}" if message else verdict
         width = account.terminal_width()
-        return "\n".join([*account.wrapped(lines, width), "", *_ran(proof), *account.wrapped([last], width)])
+        return "\n".join([*account.wrapped(lines, width), "", *_ran(proof, width), *account.wrapped([last], width)])
 
     if page is not None:
         from surgery import Report
@@ -138,7 +138,7 @@ def verify(
     return 0 if good else NO
 
 
-def _ran(proof: Proof) -> Iterator[str]:
+def _ran(proof: Proof, width: int | None) -> Iterator[str]:
     """What each pass took, and the settings that it ran under."""
     rows = [("pass", "", "time", "peak memory", "ran with")]
     for each in proof.passes:
@@ -153,7 +153,7 @@ def _ran(proof: Proof) -> Iterator[str]:
                 "; ".join(_settings(known)) if each.status != "not run" else each.why,
             )
         )
-    yield from table(rows).splitlines()
+    yield from account.fitted(rows, width)
 
 
 def _settings(known: Mapping[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,15 @@ class Host:
 
     def pick(self, ref: str | Reference) -> Pick:
         """What a reference stands for. No network."""
-        reference = parse(ref) if isinstance(ref, str) else ref
+        try:
+            return self._pick(parse(ref) if isinstance(ref, str) else ref)
+        except ZooError as error:
+            path = str(ref).strip().partition("#")[0]
+            if error.kind in ("unknown", "reference") and path and Path(path).exists():  # a path, typed as a name
+                error.hint = f"for what lies here under that name, type file:{str(ref).strip()}"
+            raise
+
+    def _pick(self, reference: Reference) -> Pick:
         if reference.scheme == CATALOGUE:
             return self._pick_named(reference)
         if reference.scheme in ("timm", "open_clip"):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.zoo.conftest import Done, Zoo
-from zoo import cli
+from zoo import account, cli
+from zoo.out import table
 
 Run = Callable[..., Done]
 
@@ -79,6 +80,22 @@ def test_json(run: Run) -> None:
     assert (row["relative"], row["largest"], row["elements"]) == (None, 1.0, 2)  # of nothing, it is infinitely more
 
 
+def test_what_is_not_finite_is_counted_and_not_measured(run: Run) -> None:
+    save_file({"w": torch.ones(4)}, "a.safetensors")
+    save_file({"w": torch.tensor([1.0, float("nan"), 2.0, 1.0])}, "b.safetensors")
+    done = run("file:a.safetensors", "file:b.safetensors")
+    assert "w  F32 [4]  2 of 4 elements; 1 is not finite on one side\n" in done.out
+    assert "inf" not in done.out
+
+
+def test_a_path_that_is_typed_as_a_name(run: Run) -> None:
+    save_file(blocks(), "a.safetensors")
+    for typed in ("a.safetensors", "./a.safetensors", "."):
+        done = run(typed, "file:a.safetensors")
+        assert (done.status, done.out) == (2, "")
+        assert f"hint: for what lies here under that name, type file:{typed}\n" in done.err
+
+
 def test_a_tie_that_is_gone_is_named(run: Run) -> None:
     w = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     save_file({"in": w, "out": w.clone()}, "a.safetensors")
@@ -119,3 +136,13 @@ def test_the_same_files_compare_without_torch(zoo: Zoo) -> None:
         *("diff", "file:a.safetensors", "file:b.safetensors", "-q"),
     )
     assert (done.status, done.out) == (0, "same\nFalse\n"), done.err
+
+
+def test_on_a_narrow_terminal_what_a_row_says_last_stands_below_it() -> None:
+    rows = [("a.name", "F32 [3]", "short"), ("another.name", "F32 [30, 40]", "relative 1.0e+00, largest 2.0e+00")]
+    assert list(account.fitted(rows, 40)) == [
+        "a.name        F32 [3]       short",
+        "another.name  F32 [30, 40]",
+        "    relative 1.0e+00, largest 2.0e+00",
+    ]
+    assert list(account.fitted(rows, None)) == table(rows).splitlines()
