@@ -186,12 +186,20 @@ class Pair:
     def _judge(self, run: Run, other: Run) -> None:
         for vid, value in enumerate(run.tape.values):
             found: bool | None = None
-            if value.data and value.fingerprint is not None:
+            if value.data and value.fingerprint is not None and not self._drawn(run, vid):
                 run.twins[vid] = self.equal(value.fingerprint, math.prod(value.shape), other)
                 found = bool(run.twins[vid])
                 if not found and value.weights and value.tensor is not None and self._fused(run, vid):
                     found = self.in_pieces(value.tensor, other)
             run.both.append(found)
+
+    @staticmethod
+    def _drawn(run: Run, vid: int) -> bool:
+        """Is it noise, or memory that nothing was written to yet? What stands in it says nothing; what is made with it
+        does."""
+        node = run.tape.values[vid].node
+        name = op_name(run.tape.nodes[node]).lstrip("_") if node >= 0 else ""
+        return name.startswith(("empty", "new_empty", *RANDOM)) and "dropout" not in name
 
     def equal(self, f: Any, numel: int, other: Run) -> list[int]:
         return [v for v in other.index.find(f, MATCH) if math.prod(other.tape.values[v].shape) == numel]
@@ -450,12 +458,16 @@ class Place:
         return self.pair.mended(edit, self.first, soon)
 
     def left(self, edit: Edit) -> list[int]:
-        """The nodes where the two still part with this change."""
+        """The nodes where the two still part with this change. All that follows it is run again: what lay beyond the
+        window of a trial would still have its old values, and seem to part."""
+        run, spent = self.pair.ours, self.pair.spent
         try:
-            known = self.pair.rerun(edit)
-            return self.pair.frontier(self.pair.ours, self.pair.findings(known))
+            known = self.pair.rerun(edit, window=len(run.tape.nodes))
+            return self.pair.frontier(run, self.pair.findings(known))
         except (Untold, RuntimeError, ValueError, IndexError, TypeError):
             return []
+        finally:
+            self.pair.spent = spent  # that is no trial
 
     def giver(self, vid: int) -> str:
         """The module that decides what our first node takes: the caller of a module that holds no others, where the

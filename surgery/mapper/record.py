@@ -351,6 +351,7 @@ class Recorder(TorchDispatchMode):
             else:
                 raise NotRecordable(f"{func} writes in place in a way that has no functional form")
         overload = _out_free(packet, func) if name == "out" else _functional(packet, func)
+        kwargs = {**_defaults(func, overload, len(args)), **kwargs}
         if torch.Tag.inplace_view in func.tags:  # only the strides change, no value does
             vid = self.vid(self.call(overload, *args, **kwargs))
             func(*args, **kwargs)
@@ -434,6 +435,14 @@ def _functional(packet: Any, func: Any) -> Any:
         if [str(a.type) for a in getattr(packet, o)._schema.arguments] == want:
             return getattr(packet, o)
     raise NotRecordable(f"{func} has no functional form")
+
+
+def _defaults(func: Any, overload: Any, given: int) -> dict[str, Any]:
+    """What the in-place operator has a default for and the functional one asks for (p of bernoulli_), beyond the first
+    `given` arguments."""
+    asked = {a.name for a in overload._schema.arguments if not a.has_default_value()}
+    rest = func._schema.arguments[given:]
+    return {a.name: a.default_value for a in rest if a.has_default_value() and a.name in asked}
 
 
 def _out_free(packet: Any, func: Any) -> Any:
