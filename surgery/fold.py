@@ -245,6 +245,16 @@ def fold(lines: Sequence[Line], ranges: Ranges) -> list[Line]:
     return [line for _, line in sorted(done, key=lambda item: item[0])]
 
 
+def folded(sentences: Sequence[str]) -> list[str]:
+    """The sentences, those that are the same for each of repeated blocks as one, with the range stated."""
+    ranges = Ranges()
+    found = []
+    for line in fold([Line(sentence, (), None) for sentence in sentences], ranges):
+        used = [name for name in ranges.numbers if f"{{{name}}}" in line.name]
+        found.append(line.name + "".join(f" ({name} = {spell_range(ranges.numbers[name])})" for name in used))
+    return found
+
+
 def _rectangles(members: list[_Member], ranges: Ranges) -> Iterator[tuple[int, Line]]:
     """Covers the members with lines that stand for every combination of the numbers of their indices."""
     columns = list(zip(*(member.key for member in members), strict=True))

@@ -275,6 +275,11 @@ def _allowing(found: Plan, allowed: Sequence[str]) -> Plan:
 
 # -- names ------------------------------------------------------------------------------------------------------------
 def _submodule(target: nn.Module, into: str) -> nn.Module:
+    if isinstance(target, type):
+        raise GraftError(
+            f"the target is the class {target.__name__}, and not a module of it",
+            hint=f"Pass an instance, as in {target.__name__}().",
+        )
     try:
         return target.get_submodule(into)
     except AttributeError:

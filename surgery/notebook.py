@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from surgery.fold import folded
 from surgery.proof import power
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def report(of: Report) -> str:
         parts.append(f"<p>{escape(of.message)}</p>")
     parts.append(_table(("tensor", "how it ended", "shape", "made of, or why"), list(_rows(of))))
     if of.plan.symmetries:
-        parts.append(_list([f"any choice is right: {symmetry}" for symmetry in of.plan.symmetries]))
+        parts.append(_list(folded([f"any choice is right: {symmetry}" for symmetry in of.plan.symmetries])))
     if of.proof is not None:
         parts.append(_passes(of.proof))
     return f"<div>{''.join(parts)}</div>"
@@ -35,7 +36,7 @@ def proof(of: Proof) -> str:
     said = [*of.departures_said(), *(f"{output} is computed at {where}" for output, where in of.surface.items())]
     said += of.causes
     said += [*of.not_exercised, *(f"any choice is right: {symmetry}" for symmetry in of.symmetries), *of.notes]
-    return f"<div>{head}{_passes(of)}{_list(said)}</div>"
+    return f"<div>{head}{_passes(of)}{_list(folded(said))}</div>"
 
 
 def _rows(of: Report) -> Iterator[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
 from surgery.expr import Call, kind, names
+from surgery.fold import folded
 from surgery.ops import did_you_mean
 from surgery.plan import Plan, Row, Status
 
@@ -268,5 +269,4 @@ class Report:
             if rows:
                 first = ", ".join(row.name for row in rows[:4])
                 yield f"{title}: {first}{f' and {len(rows) - 4} more' if len(rows) > 4 else ''}"
-        for symmetry in self.plan.symmetries:
-            yield f"any choice is right: {symmetry}"
+        yield from folded([f"any choice is right: {symmetry}" for symmetry in self.plan.symmetries])

@@ -197,6 +197,8 @@ def _cut(text: str, whole: bool) -> str:
 
 def proven(report: surgery.Report) -> Iterator[str]:
     """What the verdict rests on."""
+    from surgery.fold import folded
+
     if report.proof is not None:
         yield "proof:"
         yield from _indented(said(report.proof))
@@ -206,19 +208,9 @@ def proven(report: surgery.Report) -> Iterator[str]:
 
 def said(proof: Proof) -> Iterator[str]:
     """What running showed, a sentence each; sentences that are the same for each of repeated blocks are one."""
+    from surgery.fold import folded
+
     yield from folded(list(dict.fromkeys(proof.sentences)))
-
-
-def folded(sentences: Sequence[str]) -> list[str]:
-    """The sentences, those that are the same for each of repeated blocks as one."""
-    from surgery.fold import Line, Ranges, fold, spell_range
-
-    ranges = Ranges()
-    found = []
-    for line in fold([Line(sentence, (), None) for sentence in sentences], ranges):
-        used = [name for name in ranges.numbers if f"{{{name}}}" in line.name]
-        found.append(line.name + "".join(f" ({name} = {spell_range(ranges.numbers[name])})" for name in used))
-    return found
 
 
 def reasons(report: surgery.Report) -> Iterator[str]:

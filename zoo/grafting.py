@@ -186,6 +186,11 @@ def graft(
     import surgery
     from zoo.target import checked_example
 
+    if isinstance(target, type):
+        raise ZooError(
+            f"the target is the class {target.__name__}, and not a module of it",
+            hint=f"pass an instance, as in {target.__name__}()",
+        )
     source = resolve(ref, part=part)
 
     def run(way: Attempt) -> surgery.Report:

@@ -131,6 +131,8 @@ def page(report: surgery.Report, told: Told) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     from markupsafe import Markup
 
+    from surgery.fold import folded
+
     return _template().render(
         mark=Markup(_MARK),
         css=Markup(_part("report.css")),
@@ -156,7 +158,7 @@ def page(report: surgery.Report, told: Told) -> str:
         plan=_plan(report),
         plots=[plot(depth, report) for depth in told.depth],
         said_of=list(account.said(proof)) if proof is not None else [],
-        symmetries=account.folded([*report.plan.symmetries]),
+        symmetries=folded([*report.plan.symmetries]),
         notes=list(dict.fromkeys([*report.plan.notes, *told.notes])),
     )
 

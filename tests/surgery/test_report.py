@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import surgery
 from surgery.errors import SurgeryError
 from surgery.expr import parse
 from surgery.plan import Dropped, Plan, Row, Status
@@ -210,3 +211,21 @@ def test_depth_needs_blocks() -> None:
         of(model, "head").param_groups(model, lr=1.0, layer_decay=0.5)
     with pytest.raises(SurgeryError, match="above 0"):
         of(Deep(), "head").param_groups(Deep(), lr=1.0, layer_decay=1.5)
+
+
+def test_a_symmetry_of_each_block_is_one_line() -> None:
+    several = tuple(f"blocks.{i}.k.bias: the softmax cancels it" for i in range(3))
+    report = Report.of(Plan((Row("a", Status.NEW, None, (1,), "F32"),), (), symmetries=several), "proven")
+    said = "any choice is right: blocks.{i}.k.bias: the softmax cancels it (i = 0..2)"
+    assert [line for line in str(report).splitlines() if "softmax" in line] == [said]
+    assert said in report._repr_html_()
+
+
+def test_a_class_is_no_module() -> None:
+    class Own(nn.Module):
+        pass
+
+    for call in (surgery.plan, surgery.graft):
+        with pytest.raises(surgery.GraftError, match="the target is the class Own") as caught:
+            call({"a": torch.zeros(1)}, Own)  # type: ignore[operator]
+        assert caught.value.hint == "Pass an instance, as in Own()."

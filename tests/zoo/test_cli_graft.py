@@ -424,3 +424,9 @@ def test_what_is_adapted_has_a_place_of_its_own() -> None:
     assert any("pos.weight" in line for line in said[said.index(next(s for s in said if s.startswith("adapted"))) :])
     assert account.counts(report) == "13 grafted, 1 adapted, 1 made, 1 tied, 1 constant, 1 kept, 2 new, 2 dropped"
     assert max(map(len, said)) <= 80
+
+
+def test_a_class_is_no_module() -> None:
+    with pytest.raises(package.ZooError, match="the target is the class Linear") as caught:
+        package.graft("bert-encoder", torch.nn.Linear)  # type: ignore[arg-type]
+    assert caught.value.hint == "pass an instance, as in Linear()"
