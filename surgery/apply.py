@@ -60,6 +60,7 @@ def write(target: nn.Module, staged: dict[str, Tensor]) -> None:
     """Put the staged values into the target; all, or none and a GraftError. `staged` is used up: it holds the target's
     old values afterwards."""
     own = own_tensors(target)
+    shared = {name for names in _sharing(own, staged) for name in names}
     copied: list[tuple[Tensor, Tensor]] = []  # (the target's tensor, its old values)
     assigned: list[_Assigned] = []
     at = ""
@@ -73,6 +74,10 @@ def write(target: nn.Module, staged: dict[str, Tensor]) -> None:
                 old = mine.detach().clone()
                 copied.append((mine, old))
                 mine.copy_(value)
+                if at not in shared:  # it takes the old value's place: of all of them there is no second copy
+                    value.copy_(old)
+                    copied[-1] = (mine, value)
+                    del old
             _check_aliases(own, staged)
     except BaseException as error:
         _restore(copied, assigned)
@@ -97,17 +102,22 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(torch.equal(a, b)) or bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
-def _check_aliases(own: Mapping[str, Tensor], staged: Mapping[str, Tensor]) -> None:
-    """Tensors that share memory without being one: a later write may have undone an earlier one."""
+def _sharing(own: Mapping[str, Tensor], staged: Mapping[str, Tensor]) -> list[list[str]]:
+    """The tensors that share memory without being one."""
     by_storage: dict[int, list[str]] = {}
     for name in staged:
         t = own[name]
         if not t.is_meta and type(t.data) is Tensor:
             by_storage.setdefault(t.untyped_storage().data_ptr(), []).append(name)
-    for several in by_storage.values():
-        for name in several if len(several) > 1 else ():
+    return [names for names in by_storage.values() if len(names) > 1]
+
+
+def _check_aliases(own: Mapping[str, Tensor], staged: Mapping[str, Tensor]) -> None:
+    """Of tensors that share memory a later write may have undone an earlier one."""
+    for names in _sharing(own, staged):
+        for name in names:
             if own[name].numel() and not _same_bits(own[name].detach(), staged[name]):
-                others = ", ".join(n for n in several if n != name)
+                others = ", ".join(n for n in names if n != name)
                 raise ValueError(f"it shares memory with {others}, and the plan gives them different values")
 
 

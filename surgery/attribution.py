@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.mapper.record import Tape
-from surgery.twin import LOW, _tensors_of
+from surgery.twin import LOW, tensors_of
 
 _MOST = 1 << 16  # elements of a tensor that is looked at for one number
 _ULPS = 4  # how far a table may be from the other side's, in units of its type's rounding
@@ -43,7 +43,7 @@ def scalars(module: nn.Module, used: set[int]) -> dict[int, Tensor]:
     """{id: value before rounding} of the single numbers that a module stores in float32 (once, or all over a tensor)
     and that no plan moves."""
     found = {}
-    for t in _tensors_of(module):
+    for t in tensors_of(module):
         if t.dtype == torch.float32 and id(t) not in used and not t.is_meta and one_number(t):
             stored = float(t.reshape(-1)[0])
             value = _round_numbers().get(abs(stored))
@@ -69,7 +69,7 @@ def tables(module: nn.Module, used: set[int], other: Tape) -> dict[int, Tensor]:
         and v.tensor.numel() > 1
     ]
     found = {}
-    for t in _tensors_of(module):
+    for t in tensors_of(module):
         if id(t) in used or t.dtype not in LOW or t.numel() < 2 or t.is_meta:
             continue
         better = _better(t.detach().to("cpu", torch.float64), torch.finfo(t.dtype).eps, pool)

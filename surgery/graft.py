@@ -66,6 +66,7 @@ def graft(
     kept: Iterable[str] = (),
     fill: bool = True,
     passes: Sequence[str] = (),
+    blockwise: bool | None = None,
 ) -> Report:
     """Plan (unless a plan is given), prove where there is a probe, and write the values into `target`.
 
@@ -82,8 +83,10 @@ def graft(
 
     `passes` ("device/type"): how both sides are run as well once the float64 proof has passed, as by `verify`. One that
     fails refutes the graft; one that cannot run is listed as not run.
+
+    `blockwise`: as of `verify`; the plan is searched for in little memory too.
     """
-    from surgery import apply
+    from surgery import apply, machine
     from surgery.judge import untouched_generators
 
     needed = _verdict(require)
@@ -97,8 +100,12 @@ def graft(
     inside = _inside(kept, into, target)
     with untouched_generators():
         made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
+        little = bool(blockwise)
+        if blockwise is None and made.probe is not None:
+            little = not machine.fits(made.probe.reference, module)
         if plan is None:
-            inner = _find(made.source, module, made.probe, inside, departing)
+            with machine.giving_back(little):
+                inner = _find(made.source, module, made.probe, inside, departing)
         else:
             given = _with_kept(_relative(plan, module, into), module, inside)
             given.check(made.base, infos(module))
@@ -108,7 +115,14 @@ def graft(
         if fits:
             inner.check(made.source, infos(module))
             inner, proof = _judged(
-                made.source, module, inner, made.probe, given=plan is not None, departing=departing, passes=passes
+                made.source,
+                module,
+                inner,
+                made.probe,
+                given=plan is not None,
+                departing=departing,
+                passes=passes,
+                blockwise=little or blockwise,
             )
         found = _allowing(made.outward(inner, infos(module)), allowed)
         if proof is not None:
@@ -199,12 +213,14 @@ def _judged(
     given: bool,
     departing: Mapping[str, str],
     passes: Sequence[str],
+    blockwise: bool | None = None,
 ) -> tuple[Plan, Proof | None]:
     """The plan with the verdict that running gives; without a probe, the one that it has."""
     if probe is not None:
         from surgery.departure import judge_of
 
-        proof = judge_of(source, module, found, probe, departing=departing).prove(passes, anyway=False)
+        judge = judge_of(source, module, found, probe, departing=departing, blockwise=blockwise)
+        proof = judge.prove(passes, anyway=False)
         symmetries = dict.fromkeys((*found.symmetries, *proof.symmetries))
         stamped = replace(
             found,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 import threading
@@ -68,8 +69,10 @@ def giving_back(wanted: bool) -> Iterator[None]:
     """Inside, where it is wanted, memory of tensors that are let go of is soon the system's again. glibc would keep
     pieces of up to 32 MiB (see surgery.twin), and cannot use one again for an aligned tensor of the same size; and what
     was freed before (a model that was built and filled from a file) it hands out a piece at a time and never gives back
-    but from its end. So a thread asks for that (malloc(3), mallopt(3), malloc_trim(3)). Elsewhere than on glibc nothing
-    is done."""
+    but from its end. So a thread asks for that (malloc(3), mallopt(3), malloc_trim(3)). Elsewhere than on glibc only
+    what is held in circles is let go of."""
+    if wanted:
+        gc.collect()
     libc = ctypes.CDLL(None) if wanted and sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield

@@ -68,6 +68,11 @@ class LocalFile:
                 self._map = mmap.mmap(self.fd, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return self._map
 
+    def unmap(self) -> None:
+        """Let go of the map: its pages leave the process with the last tensor that is a view of it, and the next one
+        that is read is a view of another map."""
+        self._map = None
+
     def bytes(self, offset: int, length: int) -> bytes:
         """An own copy of a range. CheckpointError where the file ends before it."""
         buffer = bytearray(length)

@@ -221,7 +221,7 @@ class LiftConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the modules hold: parameters, buffers, and plain attributes (also in lists and dicts)."""
     seen: set[int] = set()
 
@@ -247,7 +247,7 @@ def clone(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
     """A structural copy of `module` in eval mode in which each tensor x is `replace(x)`; ties stay ties."""
     memo: dict[int, Any] = {}
     keep: list[Tensor] = []  # ids in the memo must stay alive while copying
-    for t in _tensors_of(module):
+    for t in tensors_of(module):
         memo[id(t)] = new = replace(t)
         keep += [t, new]
     with torch.no_grad():

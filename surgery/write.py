@@ -165,7 +165,7 @@ def _piece(row: Row, origin: Row, source: Checkpoint, base: Checkpoint | None) -
         span = base.span(origin.target) if _same_bytes(base[origin.target], info) else None
         place = base.span(origin.target)
         order = _order(info, place, len(source.files), base.files)
-        return _Piece([row.target], info, span, lambda: _stored(_own(base, origin.target), row), order)
+        return _Piece([row.target], info, span, lambda: _stored(loaded(base, origin.target), row), order)
     single = origin.expr.name if isinstance(origin.expr, Name) else None
     span = source.span(single) if single is not None and _same_bytes(source[single], info) else None
     place = source.span(origin.sources[0]) if origin.sources else None
@@ -173,7 +173,7 @@ def _piece(row: Row, origin: Row, source: Checkpoint, base: Checkpoint | None) -
 
     def value() -> Tensor:
         typed = origin if origin.dtype == row.dtype else _retyped(origin, row)
-        return row_value(typed, lambda name: _own(source, name), lambda name: source[name].dtype)
+        return row_value(typed, lambda name: loaded(source, name), lambda name: source[name].dtype)
 
     return _Piece([row.target], info, span, value, order)
 
@@ -232,7 +232,7 @@ def _check_base(plan: Plan, base: Checkpoint | None) -> None:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _own(opened: Checkpoint, name: str) -> Tensor:
+def loaded(opened: Checkpoint, name: str) -> Tensor:
     """A tensor read for one use: not through the map, whose pages would stay with the process."""
     span = opened.span(name)
     return opened.read(name) if span is None else span.load(opened[name])

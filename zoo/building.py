@@ -19,9 +19,9 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
-_FILLS = {nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_}
-_FILLS |= {nn.init.kaiming_normal_, nn.init.xavier_normal_, nn.init.orthogonal_}
-_FILLS |= {Tensor.uniform_}
+_DRAWS = ["normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "kaiming_normal_"]
+_DRAWS += ["xavier_normal_", "orthogonal_"]
+_FILLS = {getattr(nn.init, name) for name in _DRAWS} | {Tensor.uniform_}
 _NONE: Mapping[str, str] = {}
 
 
@@ -32,7 +32,8 @@ class _Unfilled(TorchFunctionMode):
         if func is Tensor.normal_:
             # To its mean: torch's trunc_normal_ draws again until every value lies within its bounds.
             return args[0].fill_(args[1] if len(args) > 1 else (kwargs or {}).get("mean", 0.0))
-        if func in _FILLS:
+        # A library may have put its own in the place of torch's (transformers does): it is what is called then.
+        if func in _FILLS or ((name := getattr(func, "__name__", "")) in _DRAWS and func is getattr(nn.init, name)):
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 

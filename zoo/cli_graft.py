@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from zoo.errors import NO, ZooError
 from zoo.out import Out
 
 if TYPE_CHECKING:
+    from torch import nn
+
     import surgery
     from surgery.residuals import Depth
     from zoo.attempts import Attempt
@@ -55,6 +58,7 @@ class Asked:
     allowed: tuple[str, ...] = ()
     passes: tuple[str, ...] = ()  # to be run beside float64
     devices: tuple[str, ...] = ()  # "cuda", "cuda/bfloat16": where a pass must have passed
+    blockwise: bool | None = None
 
 
 def _asks(function: Callable[..., Any], *, required: bool = True, passes: bool = False) -> Callable[..., Any]:
@@ -86,6 +90,12 @@ def _asks(function: Callable[..., Any], *, required: bool = True, passes: bool =
         help="This module of yours (a glob) departs on purpose: prove the rest around it; repeatable.",
     )
     @click.option("--why", is_flag=True, help="Show every row, with its evidence.")
+    @click.option(
+        "--blockwise/--no-blockwise",
+        "blockwise",
+        default=None,
+        help="In little memory. Else where both models do not fit in float64.",
+    )
     @wraps(function)
     def wrapped(out: Out, **options: Any) -> Any:
         wants = options.pop("require", None) or ()
@@ -133,7 +143,7 @@ def _required(wants: tuple[str, ...]) -> dict[str, Any]:
 @command("plan", "Show where each tensor of your module would come from, and prove it. Writes nothing.")
 @_asks
 def plan(out: Out, asked: Asked) -> int:
-    job = _prepare(out, asked)
+    job = _prepare(out, asked, parking=Path(tempfile.gettempdir()))
     _wait(out, job)
     report, job = _operate(job, asked, force=False)
     _tell(out, job, asked, report, [])
@@ -172,12 +182,15 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
             )
         return to_file.convert(out, asked, files, weights, force=force)
     page = _page_for(html)
-    job = replace(_prepare(out, asked), fill=not files.to_file)
+    job = _prepare(out, asked, parking=weights.parent)
+    # From file to file the same is written, and nothing is held.
+    to_be_filed = files.to_file or job.little
+    job = replace(job, fill=not to_be_filed)
     _wait(out, job)
     report, job = _operate(job, asked, force=force)
     good = _accepted(report, job, asked, force=force)
     wrote: list[Path] = []
-    if good and files.to_file:
+    if good and to_be_filed:
         report, wrote = to_file.written_by(asked, files, job.source, report, job.target.model, weights)
     elif good:
         wrote = written.write(job.target.model, report.plan, weights, verdict=str(report.verdict))
@@ -209,10 +222,12 @@ class Job:
     way: Attempt | None = None  # the one that it went, once it is done
     chosen: str = ""  # that of several candidates the one was applied that --accept names
     fill: bool = True  # in memory; else what is written goes from file to file
+    little: bool = False  # memory: what is there of the target is in a file
 
 
-def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
-    """Everything that can be wrong with what was asked is found here, the person's own file first."""
+def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None, *, parking: Path | None = None) -> Job:
+    """Everything that can be wrong with what was asked is found here, the person's own file first. `parking`: where the
+    values of a module that is too large for memory may lie meanwhile."""
     from zoo import api, attempts, resolving, target
 
     target.split(asked.file)
@@ -228,10 +243,14 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
         made = target.load(asked.file, sets=asked.sets, config=source.config, seed=asked.seed)
     for note in made.notes:
         out.note(note)
+    little = not asked.static and _little(made.model, asked.blockwise)
+    held: surgery.Checkpoint | None = None
     if asked.init is not None:
         from zoo import written
 
-        written.start_from(made.model, asked.init)
+        held = written.start_from(made.model, asked.init, mapped=little)
+    elif little and parking is not None:
+        held = _parked(out, made.model, parking)
     if asked.into:
         attempts.submodule(made.model, asked.into)
     run = not asked.static and source.probe is not None
@@ -256,10 +275,32 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None) -> Job:
         notes = (f"{source.unrunnable()}; nothing was run",)
 
     def tried() -> Iterator[Attempt]:
-        with _offers_static():
-            yield from ways()
+        from surgery import machine, parked
 
-    return Job(source, made, tried, notes, given)
+        with _offers_static(), machine.giving_back(little):
+            for way in ways():
+                if little and held is not None:
+                    parked.hold(made.model, held)  # it was run, to see which inputs it takes
+                yield way
+
+    return Job(source, made, tried, notes, given, little=little)
+
+
+def _little(model: nn.Module, asked: bool | None) -> bool:
+    """Would the module and a reference of its size in float64 be more than there is room for?"""
+    from surgery import machine
+
+    return not machine.fits(model, model) if asked is None else asked
+
+
+def _parked(out: Out, model: nn.Module, folder: Path) -> surgery.Checkpoint | None:
+    from surgery import parked
+
+    try:
+        return parked.park(model, folder)
+    except OSError as error:
+        out.note(f"your module stays in memory, beside the source: {folder} takes no file of its size ({error})")
+        return None
 
 
 def _wait(out: Out, job: Job) -> None:
@@ -344,6 +385,7 @@ def _graft(job: Job, asked: Asked, way: Attempt, given: surgery.Plan | None, lea
             fill=job.fill,
             allow_different=asked.allowed,
             passes=asked.passes if way.probe is not None else (),
+            blockwise=job.little or asked.blockwise,
         )
     except surgery.GraftError as error:
         if error.report is None:

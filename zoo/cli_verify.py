@@ -85,14 +85,15 @@ def verify(
     path = written.destination(weights, file)
     made = written.read(path)
     asked = Asked(
-        ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False
-    )
+        ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False,
+        blockwise=blockwise,
+    )  # fmt: skip
     job = _prepare(out, asked, made.plan)
     wrong = written.differences(made, job.source, job.target.model)
     if job.source.probe is None:
         raise ZooError(f"{job.source.unrunnable()}: there is nothing to verify with", kind="plugin")
     with _running(job.target):
-        proof, way = _verified(job, made.plan, passes, into, blockwise, allowed)
+        proof, way = _verified(job, made.plan, passes, into, job.little or blockwise, allowed)
     proven = proof.verdict in ("proven", "adapted")
     unmet = list(passing.unmet(proof, required))
     verdict = proof.verdict

@@ -33,6 +33,7 @@ def operate(
     fill: bool = True,
     allow_different: Sequence[str] = (),
     passes: Sequence[str] = (),
+    blockwise: bool | None = None,
 ) -> surgery.Report:
     """surgery.graft, for a reference that may answer for more than the target has.
 
@@ -54,9 +55,10 @@ def operate(
             fill=fill,
             allow_different=allow_different,
             passes=passes,
+            blockwise=blockwise,
         )
     except surgery.GraftError as error:
-        report = _on_the_rest(source, model, attempt, error, into, require, fill, passes)
+        report = _on_the_rest(source, model, attempt, error, into, require, fill, passes, blockwise)
     report = _costed(source, attempt, report)
     if attempt.narrowed:
         report = replace(report, plan=replace(report.plan, notes=(*report.plan.notes, attempt.narrowed)))
@@ -83,6 +85,7 @@ def _on_the_rest(
     require: str,
     fill: bool,
     passes: Sequence[str],
+    blockwise: bool | None,
 ) -> surgery.Report:
     """The graft again by the plan that was found, proven on the outputs that the target has; or the error."""
     import surgery
@@ -105,6 +108,7 @@ def _on_the_rest(
         require=require,
         fill=fill,
         passes=passes,
+        blockwise=blockwise,
     )
     note = f"{', '.join(gone)}: not computed by the target; nothing that only this depends on was grafted"
     return replace(again, plan=replace(again.plan, notes=(*again.plan.notes, note)))
@@ -173,6 +177,7 @@ def graft(
     require: str = "consistent",
     allow_different: Sequence[str] = (),
     passes: Sequence[str] = (),
+    blockwise: bool | None = None,
 ) -> surgery.Report:
     """Fill `target` with the weights behind `ref`, and prove it. The model changes only if the verdict is good enough.
 
@@ -182,6 +187,7 @@ def graft(
     transformers, or a path): then rows of the vocabulary are found by token, and not by number. `allow_different` names
     modules of the target (by path; globs) that compute something else on purpose: the rest is proven around them.
     `passes` ("cuda/bfloat16"): how both sides are run as well, beside float64.
+    `blockwise`: in little memory; None where both models in float64 would not fit into the memory that is free.
     """
     import surgery
     from zoo.target import checked_example
@@ -202,6 +208,7 @@ def graft(
             into=into,
             require=require,
             allow_different=allow_different,
+            blockwise=blockwise,
             passes=passes,
         )
 

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,12 +202,14 @@ def read(weights: Path) -> Written:
     return Written(surgery.open(weights), surgery.Plan.load(beside), beside)
 
 
-def start_from(model: nn.Module, path: str) -> None:
-    """Load a person's own weights into their module: every tensor of it, and nothing else.
+def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.Checkpoint:
+    """Load a person's own weights into their module: every tensor of it, and nothing else. `mapped`: as views of the
+    file, where the module loads them in no way of its own. Gives the file.
 
     What a graft does not fill is then kept, and not new; but what an earlier graft's plan says is new stays so.
     """
     import surgery
+    from surgery import parked
     from surgery.apply import remember
     from surgery.plan import Status
 
@@ -228,12 +231,29 @@ def start_from(model: nn.Module, path: str) -> None:
             kind="weights",
             hint=near or "give the constructor the arguments that it was saved with, by --set",
         )
-    model.load_state_dict({name: own.read(name).clone() for name in state})
+    if mapped and _loads_plainly(model):
+        from torch import no_grad
+
+        with no_grad():
+            for name in state.keys() - parked.hold(model, own):
+                state[name].copy_(own.read(name))
+    else:
+        model.load_state_dict({name: own.read(name) for name in state})
     fresh: set[str] = set()
     beside = plan_beside(Path(path))
     if beside.is_file():
         fresh = {row.target for row in surgery.Plan.load(beside).rows if row.status == Status.NEW}
     remember(model, frozenset(state) - fresh)
+    return own
+
+
+def _loads_plainly(model: nn.Module) -> bool:
+    from torch import nn
+
+    return all(
+        type(module)._load_from_state_dict is nn.Module._load_from_state_dict and not module._load_state_dict_pre_hooks
+        for module in model.modules()
+    )
 
 
 def _some(what: str, names: list[str]) -> Iterator[str]:
@@ -245,7 +265,7 @@ def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
     """What keeps written weights from being what their plan says of this source and this module."""
     from surgery import open
     from surgery.checkpoint import raw_bytes
-    from surgery.write import row_value
+    from surgery.write import loaded, row_value
     from zoo.to_file import beside
 
     plan = made.plan
@@ -264,8 +284,8 @@ def differences(made: Written, source: Source, model: nn.Module) -> list[str]:
         origin = row if row.tied_to is None else plan[row.tied_to]
         if origin.expr is None:
             continue
-        value = row_value(origin, checkpoint.read, lambda name: checkpoint[name].dtype)
-        held = made.weights.read(row.target)
+        value = row_value(origin, partial(loaded, checkpoint), lambda name: checkpoint[name].dtype)
+        held = loaded(made.weights, row.target)
         # By bytes: zeros have two signs, and what is not a number equals nothing.
         if value.dtype != held.dtype or raw_bytes(value, row.target) != raw_bytes(held, row.target):
             other.append((row.target, *_apart(value, held)))
