@@ -1,12 +1,19 @@
 """How much memory does a proof take, next to the model in float32; and how long, next to one float64 forward?
 
     python benchmarks/proof_memory.py [NAME ...] [--tokens N] [--whole] [--held]
+    python benchmarks/proof_memory.py --commands [graft verify plan refuted ...]
 
 Each model has random weights in a file. The reference is views of that file's memory map, as `zoo` builds it; the
 target is another implementation of the same architecture, on the meta device (its values are those of the plan), or
 with memory of its own where `--held` asks for it. The plan is given: what is measured is `surgery.verify` on three
 inputs (12 tokens of two sequences, one token, and N tokens), block by block, or with `--whole` as it is done where
 there is room.
+
+`--commands`: the same of `zoo graft`, `zoo verify` and so on with `--blockwise`, as a person types them: BERT-large in
+a folder (`file:`), and an own module, built on the CPU by its constructor. Of "refuted" and "placed" the module has
+another epsilon in one norm; the one is grafted, the other verified against weights that are right, which is little
+more than finding where the two part. The inputs are the entry's own, of which the longest has 12 tokens where the
+module's own example has, and 512 where it has none.
 
 Memory is the highest mark of the process's resident set beyond what it held before either model was built (and after
 a first tiny proof, which imports what a proof needs), pages of the mapped file included, in units of the model in
@@ -263,6 +270,93 @@ def warm_up() -> None:
     surgery.graft(one.state_dict(), torch.nn.Linear(64, 64), probe=probe)
 
 
+MODULE = """
+import sys
+sys.path.insert(0, {here!r})
+import proof_memory
+pair = proof_memory.bert_large()
+def own():
+    return pair.target()
+def other():
+    made = pair.target()
+    made.blocks[20].norm1.eps = 1e-5
+    return made
+def example():
+    return pair.inputs(0, 2, 12)
+"""
+COMMANDS = {
+    "graft": ("graft", "own", "-o", "new.safetensors"),
+    "verify": ("verify", "own", "--weights", "own.safetensors", "--on", "cpu/float64"),
+    "plan": ("plan", "own"),
+    "refuted": ("graft", "other", "-o", "other.safetensors"),
+    "placed": ("verify", "other", "--weights", "own.safetensors", "--on", "cpu/float64"),
+}
+
+
+def bert_files(folder: Path) -> None:
+    """A checkpoint as the hub has it, the person's file, and the weights that a graft writes of the two."""
+    import torch
+
+    import surgery
+    from surgery.expr import parse
+    from surgery.graft import infos
+    from surgery.plan import Plan, Row, Stamp, Status
+    from zoo import written
+
+    pair = bert_large()
+    model, g = pair.reference(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g), alpha=0.02)
+    model.save_pretrained(folder / "bert")
+    (folder / "mymodel.py").write_text(MODULE.format(here=str(Path(__file__).resolve().parent)))
+    source = surgery.open(folder / "bert")
+    target = infos(pair.target())
+    rows = [Row(t, Status.FILLED, parse(pair.rows[t]), tuple(i.shape), i.dtype) for t, i in target.items()]
+    plan = Plan(tuple(rows), (), Stamp.of(source), Stamp.of(target)).with_verdict("proven")
+    written.write_to_file(
+        source, plan, folder / "own.safetensors", verdict="proven", base=None, like=None, shard_size=None
+    )
+
+
+def command(name: str, folder: str) -> dict[str, Any]:
+    """One command in this process. What is imported is imported before."""
+    import transformers  # noqa: F401
+    from torch import _dynamo  # noqa: F401
+
+    import zoo.cli
+    from surgery.judge import Judge
+
+    proofs: list[Any] = []
+    prove = Judge.prove
+
+    def noted(self: Any, wanted: Any = ()) -> Any:
+        proofs.append(prove(self, wanted))
+        return proofs[-1]
+
+    Judge.prove = noted  # type: ignore[method-assign]
+    os.chdir(folder)
+    warm_up()
+    size = 4 * sum(p.numel() for p in bert_parameters())
+    what, made, *rest = COMMANDS[name]
+    before, start = resident("VmRSS"), time.perf_counter()
+    code = zoo.cli.main([what, "file:bert#encoder", f"mymodel.py:{made}", "--blockwise", "-q", *rest])
+    took, peak = time.perf_counter() - start, resident("VmHWM") - before
+    proof = proofs[-1]
+    message = proof.divergence.why if proof.divergence is not None else f"exit {code}"
+    return {
+        "verdict": str(proof.verdict), "message": message, "size": size, "peak_x": peak / size,
+        "block_float64_x": 8 * bert_large().block / size, "seconds": took, "forward": 0.0, "x_forward": 0.0,
+    }  # fmt: skip
+
+
+def bert_parameters() -> list[Any]:
+    import torch
+
+    with torch.device("meta"):
+        return list(bert_large().target().parameters())
+
+
 def measure(name: str, tokens: int, whole: bool, held: bool) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_model
@@ -314,26 +408,51 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of the longest input (32)")
     parser.add_argument("--whole", action="store_true", help="not block by block")
     parser.add_argument("--held", action="store_true", help="the target has memory of its own")
-    parser.add_argument("--one", choices=PAIRS, help=argparse.SUPPRESS)
+    parser.add_argument("--commands", action="store_true", help=f"of these commands: {', '.join(COMMANDS)}")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.folder:
+        if args.one == "files":
+            bert_files(Path(args.folder))
+        else:
+            print("\n" + json.dumps(command(args.one, args.folder)))
+        return
     if args.one:
         print(json.dumps(measure(args.one, args.tokens, args.whole, args.held)))
         return
     print(
         f"{'model':12} {'tokens':>6} {'verdict':8} {'float32':>9} {'peak':>6} {'block':>6} {'proof':>8} {'forwards':>8}"
     )
+    if args.commands:
+        with tempfile.TemporaryDirectory() as folder:
+            again([*ONE, "files", "--folder", folder])
+            for name in args.names or COMMANDS:
+                shown(name, again([*ONE, name, "--folder", folder]), 512)
+        return
     for name in args.names or PAIRS:
         more = ["--tokens", str(args.tokens), *["--whole"] * args.whole, *["--held"] * args.held]
-        done = subprocess.run([sys.executable, __file__, "--one", name, *more], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{name:12} failed")
-            continue
-        r = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{name:12} {args.tokens:6} {r['verdict']:8} {r['size'] / 2**30:5.2f} GiB {r['peak_x']:5.2f}x "
-            f"{r['block_float64_x']:5.2f}x {r['seconds']:6.1f} s {r['x_forward']:7.1f}x  {r['message'][:120]}",
-            flush=True,
-        )
+        shown(name, again([*ONE, name, *more]), args.tokens)
+
+
+ONE = [sys.executable, __file__, "--one"]
+
+
+def again(command: list[str]) -> dict[str, Any]:
+    """This file in a process of its own, and what it says."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return {} if done.returncode else json.loads((done.stdout.splitlines() or ["{}"])[-1])
+
+
+def shown(name: str, r: dict[str, Any], tokens: int) -> None:
+    if not r:
+        print(f"{name:12} failed")
+        return
+    print(
+        f"{name:12} {tokens:6} {r['verdict']:8} {r['size'] / 2**30:5.2f} GiB {r['peak_x']:5.2f}x "
+        f"{r['block_float64_x']:5.2f}x {r['seconds']:6.1f} s {r['x_forward']:7.1f}x  {r['message'][:120]}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery import surface, wrong_weights
+from surgery import nearby, surface, wrong_weights
 from surgery.causes import causes
 from surgery.errors import GraftError
 from surgery.expr import Name, names
@@ -73,7 +73,7 @@ def _tape(judge: Judge, side: Side, twin: nn.Module, at: int, weights: set[str])
     label, x = judge.inputs[at]
     x = tree_map(lambda t: t.to(judge.device) if isinstance(t, Tensor) else t, x)
     with side.failures(twin, label):
-        return record(side.run, twin, x, weights=weights, lines=caller)
+        return record(side.run, twin, x, weights=weights, lines=caller, within=nearby.held(judge, at, side))
 
 
 def _depending(tape: Tape, new: set[str]) -> set[int]:

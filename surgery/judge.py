@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery import attribution, machine, passes, surface
+from surgery import attribution, machine, nearby, passes, surface
 from surgery import twin as twin_of
 from surgery.checkpoint import Checkpoint
 from surgery.divergence import diverge
@@ -50,6 +50,7 @@ class Comparison:
     places: dict[str, Place] = field(default_factory=dict)
     worst_input: int = 0
     differs: bool = False
+    apart: dict[int, float] = field(default_factory=dict)  # by input, the worst
     tapes: list[tuple[Tape, list[int]]] = field(default_factory=list)  # of a surface: each run, and the outputs on it
 
     @property
@@ -91,6 +92,7 @@ class Judge:
         self.expected: list[list[Tensor]] = []
         self.names: tuple[str, ...] = ()
         self.notes: list[str] = []
+        self.near: dict[int, Mapping[str, range]] = {}  # of surgery.nearby
 
     # -- the two sides --------------------------------------------------------------------------------------------
     def _new(self) -> dict[str, Tensor]:
@@ -208,7 +210,6 @@ class Judge:
         found = Comparison()
         nothing = self._shows_nothing(expected)
         places: dict[str, frozenset[Place]] = {}
-        worst = -1.0
         # Small inputs first: what they explain need not be explained on large ones.
         for at in sorted(range(len(self.inputs)), key=lambda i: sum(e.numel() for e in expected[i])):
             label, x = self.inputs[at]
@@ -224,9 +225,9 @@ class Judge:
                 if value > GATE and "not a number" not in nothing.get(name, ""):
                     found.differs = True
                     found.why.setdefault(name, why or f"{name} differs by {value:.1e} on {label}")
-                if value > worst:
-                    worst, found.worst_input = value, at
+                found.apart[at] = max(found.apart.get(at, 0.0), value)
                 places[name] = places.get(name, where) & where
+        found.worst_input = max(found.apart, key=found.apart.__getitem__, default=0)
         for name, where in places.items() if self.probe.run_target is None else ():
             if where:
                 found.places[name] = surface.innermost(where)
@@ -402,7 +403,7 @@ class Judge:
             not_exercised=tuple(gaps),
             symmetries=tuple(symmetries),
             storage=self._storage() if passed else 0.0,
-            divergence=diverge(self, found.worst_input) if found.differs else None,
+            divergence=diverge(self, nearby.telling(self, found)) if found.differs else None,
             surface={name: str(place) for name, place in found.places.items()} if found.passed else {},
             causes=tuple(causes),
             notes=tuple(self.notes),

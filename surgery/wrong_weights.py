@@ -18,6 +18,7 @@ from surgery import twin
 from surgery.pairing import Edit, Found, Place, Run, Untold
 
 _MOST = 200  # candidates for one tensor
+LARGE = 1 << 25  # elements of both sides from which they are not all held in float64
 Named = Mapping[str, Tensor]
 
 
@@ -324,10 +325,14 @@ def _query_key(a: str, b: str) -> bool:
 
 
 def stores_of(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Stores:
-    """Both sides' floating tensors in float64."""
+    """Both sides' floating tensors in float64; of large models raised to it where one is looked at."""
+    large = sum(t.numel() for t in (*ours.values(), *theirs.values())) > LARGE
 
     def wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: twin.lift(t).detach() for n, t in tensors.items() if t.is_floating_point() or _lifted(t)}
+        named = {n: t for n, t in tensors.items() if t.is_floating_point() or _lifted(t)}
+        if large:
+            return {n: twin.lifted_tensor(t, written=False) for n, t in named.items()}
+        return {n: twin.lift(t).detach() for n, t in named.items()}
 
     return Stores(wide(ours), {n: t for n, t in wide(theirs).items() if keep(n)})
 

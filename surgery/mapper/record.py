@@ -92,6 +92,7 @@ class Recorder(TorchDispatchMode):
         made_up: bool = False,
         wanted: Callable[[Fingerprint], bool] | None = None,
         lines: Callable[[], tuple[str, int]] | None = None,
+        within: range | None = None,
     ) -> None:
         super().__init__()
         self.made_up = made_up
@@ -108,6 +109,7 @@ class Recorder(TorchDispatchMode):
         self.budget = keep  # bytes of activations that may be held
         self.sizes = sizes
         self.wanted = wanted
+        self.within = within
         self.spare = spare
         self.held: dict[int, list[int]] = {}  # values whose tensors share their memory with what the program holds
         self.recent: deque[tuple[int, int]] = deque()  # values that may be let go, and their bytes
@@ -123,6 +125,7 @@ class Recorder(TorchDispatchMode):
             value.fingerprint = fingerprint(t) if like is None else like.fingerprint
         f = value.fingerprint
         told = told and (self.wanted is None or (f is not None and self.wanted(f)))
+        told = told and (self.within is None or vid in self.within)
         if value.origin != "param" and (not t.is_floating_point() or told):
             self._hold(t, vid, value)
         self.tape.values.append(value)
@@ -494,6 +497,7 @@ def record(
     made_up: bool = False,
     wanted: Callable[[Fingerprint], bool] | None = None,
     lines: Callable[[], tuple[str, int]] | None = None,
+    within: range | None = None,
 ) -> Tape:
     """Run fn(twin of module, x) in float64 and return its tape. `keep`: bytes of activations that may be held.
 
@@ -504,10 +508,10 @@ def record(
     `returned`: a list that takes the tensors which fn gave, with their graph: the twin's tensors that require a
     gradient are followed. `tables`: what is computed by multiplying constants with weights counts as data. `made_up`:
     of products of data and weights, give any numbers; for who wants the operators and not their values. `wanted`:
-    hold only activations of which it says so. `lines`: what tells, when an operator is called, the file and line of
-    the program that calls it.
+    hold only activations of which it says so. `within`: hold only activations of these numbers. `lines`: what tells,
+    when an operator is called, the file and line of the program that calls it.
     """
-    rec = Recorder(keep, sizes, spare, tables, made_up, wanted, lines)
+    rec = Recorder(keep, sizes, spare, tables, made_up, wanted, lines, within)
     tape = rec.tape
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = dict(module.named_parameters(remove_duplicate=False)) | buffers
