@@ -249,7 +249,7 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None, *, parki
         from zoo import written
 
         held = written.start_from(made.model, asked.init, mapped=little)
-    elif little and parking is not None:
+    if little and held is None and parking is not None:
         held = _parked(out, made.model, parking)
     if asked.into:
         attempts.submodule(made.model, asked.into)

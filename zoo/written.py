@@ -202,9 +202,9 @@ def read(weights: Path) -> Written:
     return Written(surgery.open(weights), surgery.Plan.load(beside), beside)
 
 
-def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.Checkpoint:
+def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.Checkpoint | None:
     """Load a person's own weights into their module: every tensor of it, and nothing else. `mapped`: as views of the
-    file, where the module loads them in no way of its own. Gives the file.
+    file, where the module loads them in no way of its own; then it gives the file.
 
     What a graft does not fill is then kept, and not new; but what an earlier graft's plan says is new stays so.
     """
@@ -231,7 +231,8 @@ def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.
             kind="weights",
             hint=near or "give the constructor the arguments that it was saved with, by --set",
         )
-    if mapped and _loads_plainly(model):
+    mapped = mapped and _loads_plainly(model)
+    if mapped:
         from torch import no_grad
 
         with no_grad():
@@ -244,7 +245,7 @@ def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.
     if beside.is_file():
         fresh = {row.target for row in surgery.Plan.load(beside).rows if row.status == Status.NEW}
     remember(model, frozenset(state) - fresh)
-    return own
+    return own if mapped else None
 
 
 def _loads_plainly(model: nn.Module) -> bool:
