@@ -74,9 +74,7 @@ def write(target: nn.Module, staged: dict[str, Tensor]) -> None:
                 old = mine.detach().clone()
                 copied.append((mine, old))
                 mine.copy_(value)
-                if (
-                    at not in shared and type(old) is Tensor
-                ):  # it takes the old value's place: of all of them there is no second copy
+                if at not in shared and type(old) is Tensor:  # it makes room for the old value: no third copy of all
                     value.copy_(old)
                     copied[-1] = (mine, value)
                     del old
