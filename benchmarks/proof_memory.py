@@ -330,8 +330,8 @@ def command(name: str, folder: str) -> dict[str, Any]:
     proofs: list[Any] = []
     prove = Judge.prove
 
-    def noted(self: Any, wanted: Any = ()) -> Any:
-        proofs.append(prove(self, wanted))
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        proofs.append(prove(self, *args, **kwargs))
         return proofs[-1]
 
     Judge.prove = noted  # type: ignore[method-assign]

@@ -44,9 +44,9 @@ def during(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         seen: list[Any] = []
         prove = Judge.prove
 
-        def looked(self: Judge, wanted: Any = ()) -> Any:
+        def looked(self: Judge, *args: Any, **kwargs: Any) -> Any:
             seen.append(look(self))
-            return prove(self, wanted)
+            return prove(self, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Judge, "prove", looked)
