@@ -47,15 +47,17 @@ def texts(*, vocabulary: int, length: int, end: int | None = None, mask: bool = 
 
 
 def images(*, size: tuple[int, int], longest: tuple[int, int] | None = None, channels: int = 3) -> Inputs:
-    """Images [N, C, H, W]. `longest` is a larger size, for models that take several."""
+    """Images [N, C, H, W], and in "shortest" one alone. `longest` is a larger size, for models that take several."""
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         height, width = longest if longest is not None and variant == "longest" else size
-        return {"pixel_values": torch.randn(ROWS, channels, height, width, generator=draw)}
+        rows = 1 if variant == "shortest" else ROWS
+        return {"pixel_values": torch.randn(rows, channels, height, width, generator=draw)}
 
     return inputs
 
 
 def both(first: Inputs, second: Inputs) -> Inputs:
-    return lambda seed, variant: {**first(seed, variant), **second(seed, variant)}
+    """Of the second as many as of the first, whatever the variant of the first is."""
+    return lambda seed, variant: {**first(seed, variant), **second(seed, "plain" if variant == "shortest" else variant)}

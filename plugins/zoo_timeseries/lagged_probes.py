@@ -94,6 +94,8 @@ class Family:
         zoo.fill(module, checkpoint, lambda name: f"{at}embedder.{name}")
 
         def inputs(seed: int, variant: str) -> dict[str, Tensor]:
+            if variant != "plain":
+                raise ValueError(f'no variant "{variant}"; there is plain')
             return {"static_categorical_features": _categories(known, 4, torch.Generator().manual_seed(seed))}
 
         def run(m: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -174,6 +176,8 @@ class Family:
         times = known.num_time_features + known.num_dynamic_real_features
 
         def inputs(seed: int, variant: str) -> dict[str, Tensor]:
+            if variant not in _WHOLE:
+                raise ValueError(f'no variant "{variant}"; there are {", ".join(_WHOLE)}')
             draw = torch.Generator().manual_seed(seed)
 
             def normal(*shape: int) -> Tensor:
