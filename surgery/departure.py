@@ -35,6 +35,7 @@ from surgery.surface import Place
 if TYPE_CHECKING:
     from surgery.plan import Plan
 
+_GOOD = ("proven", "adapted")  # the second where rows are approximate
 INSIDE = "inside a departure, not proven"
 Give = Callable[[int, str, Tensor], "Tensor | None"]  # (number of the place, module, what it computed) -> what goes on
 
@@ -186,11 +187,11 @@ class DepartingJudge(Judge):
             self.target_side = self._side(self._given)
             proof = super().prove(wanted, anyway=anyway)
             idle = [n for n in self.departing if self.drift.get(n, surface.INF) <= GATE]
-            if proof.verdict != "proven" or not idle or len(idle) == len(self.departing):
+            if proof.verdict not in _GOOD or not idle or len(idle) == len(self.departing):
                 break
             for name in idle:  # it computes what the reference does, and is to be proven with the rest
                 del self.departing[name]
-        if proof.verdict != "proven":
+        if proof.verdict not in _GOOD:
             return self._refused(proof)
         found = replace(proof, departures=self._departures(), departed=self._departed())
         inside = [n for n in self.values if self._within(n)]

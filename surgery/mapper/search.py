@@ -113,7 +113,7 @@ class Search:
             for g in out:
                 g.at += 1
             return out
-        if holes := self.holes.open(h, node.inputs):
+        if self.holes.places and (holes := self.holes.open(h, node.inputs)):
             return [g for k in self._filled(h, holes[0]) for g in self._step(k)]
         if any(v in h.tainted for v in node.inputs):
             h.taint(node)

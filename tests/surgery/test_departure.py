@@ -465,3 +465,17 @@ def test_t5_with_another_eps() -> None:
     assert {d.module: d.reference for d in report.proof.departures} == {
         n: n for n, _ in target.named_modules() if n.endswith("layer_norm")
     }
+
+
+def test_departures_beside_rows_that_are_adapted(bert: nn.Module) -> None:
+    target = pairs.Encoder(gelu="tanh")
+    target.places = nn.Embedding(48, pairs.WIDTH)
+    longer = "extend_pos_embed_tile(embeddings.position_embeddings.weight, to=48, offset=0)"
+    plan = changed(target, bert, places__weight=longer)
+    report = around(bert, target, ACT, plan=plan)
+    assert report.verdict == "adapted"
+    assert report.proof.adapted == ("places.weight",)
+    assert len(report.proof.departures) == 2
+    target.blocks[0].norm1.eps = 1e-3
+    assert refused(bert, target, ACT, plan=plan).verdict == "refuted"
+    assert "departs as allowed" in report.proof._repr_html_()
