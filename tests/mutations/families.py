@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import surgery
 from tests.mutations import models
 from tests.mutations.models import FFN, HEADS, LAYERS, TIME, WIDTH
-from tests.pairs import shaken
+from tests.pairs import plan_of, shaken
 
 
 def rng(seed: int) -> torch.Generator:
@@ -201,6 +201,7 @@ class Family:
     target: Callable[..., nn.Module]
     inputs: Callable[[int], Any]
     run: Callable[[nn.Module, Any], Any] = call
+    rows: Callable[[], dict[str, str]] | None = None  # the mapping by hand; none: the mapper finds it
 
 
 FAMILIES = {
@@ -249,15 +250,24 @@ class Right:
         return shaken(self.family.target(**slip)).eval()
 
 
+def _family(name: str) -> Family:
+    if name in FAMILIES:
+        return FAMILIES[name]
+    from tests.mutations.heldout_weights import HELDOUT
+
+    return HELDOUT[name]
+
+
 @cache
 def right(name: str) -> Right:
     """The correct graft of a family, mapped and proven by surgery.graft."""
-    family = FAMILIES[name]
+    family = _family(name)
     torch.manual_seed(1)
     reference = family.reference().eval()
     probe = surgery.Probe(reference, family.run, call, family.inputs)
     torch.manual_seed(2)
     target = shaken(family.target()).eval()
     source = {n: t.detach().clone() for n, t in reference.state_dict().items()}
-    report = surgery.graft(source, target, probe=probe, require="proven")
+    plan = plan_of(source, target, family.rows()) if family.rows is not None else None
+    report = surgery.graft(source, target, probe=probe, plan=plan, require="proven")
     return Right(family, reference, source, probe, report.plan)
