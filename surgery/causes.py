@@ -7,6 +7,7 @@ rather than guessed; a short list of activations is tried beside it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from surgery import attention, structure
-from surgery.mapper.record import MOVES, RANDOM, Node, Ref, fingerprint
-from surgery.pairing import NORMS, SOFTMAX, Edit, Found, Place, Untold, op_name, recalled
+from surgery.mapper.record import HUGE, MOVES, RANDOM, Node, Ref, fingerprint
+from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Untold, op_name, recalled
 
 SMALL = 1e-2  # an added number below it keeps a quotient finite
 EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
@@ -75,7 +76,13 @@ def causes(place: Place) -> Iterator[Found]:
         attention.swapped_operands,
         structure.pooling,
     ):
-        yield from look(place)
+        yield from tried(look(place))
+
+
+def tried(found: Iterator[Found]) -> Iterator[Found]:
+    """What is found until a trial raises: what was tried does not fit the values it meets, and is not the cause."""
+    with contextlib.suppress(*UNFIT):
+        yield from found
 
 
 # -- the same operator with other constants ---------------------------------------------------------------------------
@@ -202,7 +209,9 @@ def activation(place: Place) -> Iterator[Found]:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     top = float(b.abs().max()) if b.numel() else 0.0
-    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-12 * max(top, 1e-300)
+    if a.shape != b.shape or not top < HUGE:  # of what is masked with large numbers, anything would be close
+        return False
+    return float((a - b).abs().max()) <= 1e-12 * max(top, 1e-300)
 
 
 def dropout(place: Place) -> Iterator[Found]:
@@ -389,6 +398,8 @@ def statistics(place: Place) -> Iterator[Found]:
         try:
             x = run.held(v)
         except Untold:
+            return
+        if not x.is_floating_point():
             return
         several = [(i, o) for i, o, y in place.results(near) if y.shape == x.shape]
         for name, f in _normalised(x):

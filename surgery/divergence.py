@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _forward_unimplemented
 from torch.utils._pytree import tree_map
 
 from surgery import nearby, surface, wrong_weights
-from surgery.causes import causes
+from surgery.causes import causes, tried
 from surgery.errors import GraftError
 from surgery.expr import Name, names
 from surgery.mapper.record import FingerprintIndex, Tape, fingerprint, record
-from surgery.pairing import MATCH, SOFTMAX, Edit, Found, Pair, Place, Run, Untold, caller, cuts, op_name
+from surgery.pairing import MATCH, SOFTMAX, UNFIT, Edit, Found, Pair, Place, Run, caller, cuts, op_name
 from surgery.proof import Divergence
 from surgery.running import Call, Side, all_tensors
 
@@ -38,7 +39,7 @@ def diverge(judge: Judge, at: int) -> Divergence:
     """The first divergence on the input of this number."""
     try:
         found = _recorded(judge, at)
-    except (GraftError, Untold):
+    except (GraftError, *UNFIT):
         found = None  # a run that no tape holds: its modules are compared instead
     return replace(found or _by_modules(judge, at), input=judge.inputs[at][0])
 
@@ -62,7 +63,10 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     stores = wrong_weights.stores_of(
         judge.values, all_tensors(judge.probe.reference), lambda n: n in judge.links and n in theirs_tape.params
     )
-    place.leaves = frozenset(n for n, m in judge.target.named_modules() if not list(m.children()))
+    modules = dict(judge.target.named_modules())
+    place.leaves = frozenset(n for n, m in modules.items() if not list(m.children()))
+    place.silent = frozenset(n for n, m in modules.items() if type(m).forward is _forward_unimplemented)
+    place.chains = frozenset(n for n, m in modules.items() if type(m).forward is nn.Sequential.forward)
     place.until = time.monotonic() + SECONDS
     cause = _heads(judge, place, at) or _cause(place, stores)
     label = judge.inputs[at][0]
@@ -103,9 +107,9 @@ def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
     does: else it is one of several things."""
 
     def all_of() -> Iterator[Found]:
-        yield from wrong_weights.near(place, stores)
+        yield from tried(wrong_weights.near(place, stores))
         yield from causes(place)
-        yield from wrong_weights.far(place, stores)
+        yield from tried(wrong_weights.far(place, stores))
 
     partial: Found | None = None
     module = place.node.module
@@ -158,6 +162,7 @@ def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Diverg
     pair, first = place.pair, place.first
     node = pair.ours.tape.nodes[cause.node if cause is not None else first]
     module = node.module if cause is None or cause.module is None else cause.module
+    module = module.partition(".parametrizations")[0]  # the person's module, and not what torch puts into it
     out = next((o for o in pair.ours.tape.nodes[first].outs if o >= 0), -1)
     residual, near = pair.nearest(out, dict.fromkeys([*place.theirs_after[:60]])) if out >= 0 else (surface.INF, -1)
     theirs_at = near if near >= 0 else (place.theirs[0] if place.theirs else -1)

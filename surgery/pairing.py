@@ -54,6 +54,10 @@ class Untold(Exception):
     """A value that a trial needs was not kept."""
 
 
+# What a change raises that does not fit the values it meets. A trial that fails is no cause, and never an error.
+UNFIT = (Untold, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError)
+
+
 @dataclass
 class Edit:
     """A change of a recorded run: other values in place of some, other operators in place of some, by number."""
@@ -343,6 +347,9 @@ class Pair:
                 out = call(node, value)
             for vid, t in zip(node.outs, out, strict=True):
                 if vid >= 0 and vid not in edit.leaves:
+                    was = run.tape.values[vid].tensor
+                    if was is not None and was.shape == t.shape and torch.equal(twin.lift(was), t):
+                        continue  # nothing follows from what is the same
                     known[vid] = t
                     if index < first and run.both[vid] and not self._fused(run, vid) and self.occurs(t) is False:
                         return {}
@@ -361,7 +368,7 @@ class Pair:
             with twin.math_only():
                 known = self.rerun(edit, first, window)
                 both = self.findings(known)
-        except (Untold, RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError):
+        except UNFIT:
             return False  # the changed program does not run: that is not the change
         run = self.ours
         # Something that the reference has and that was nowhere: a value that is merely passed on would not show that.
@@ -393,6 +400,10 @@ class Pair:
                 for o in self.ours.tape.nodes[c].outs:
                     if o >= 0:
                         yield from self._consumers(o)
+
+    def users(self, vid: int) -> Iterator[int]:
+        """The nodes that consume a value, also in another layout."""
+        return self._consumers(vid)
 
     def findings(self, known: Mapping[int, Tensor]) -> dict[int, bool | None]:
         """By changed value, whether the reference has it."""
@@ -446,6 +457,8 @@ class Place:
     ours_after: list[int]
     theirs_after: list[int]
     leaves: frozenset[str] = frozenset()  # our modules that hold no others
+    silent: frozenset[str] = frozenset()  # our modules that hold others and have no forward of their own (ModuleList)
+    chains: frozenset[str] = frozenset()  # and those whose forward is a chain of what they hold (Sequential)
     until: float = math.inf  # time.monotonic() after which nothing more is tried
 
     @property
@@ -464,7 +477,7 @@ class Place:
         try:
             known = self.pair.rerun(edit, window=len(run.tape.nodes))
             return self.pair.frontier(run, self.pair.findings(known))
-        except (Untold, RuntimeError, ValueError, IndexError, TypeError):
+        except UNFIT:
             return []
         finally:
             self.pair.spent = spent  # that is no trial
@@ -474,7 +487,26 @@ class Place:
         value comes from outside of it."""
         module = self.node.module
         inside = self.maker(vid).startswith(module)
-        return module if inside or module not in self.leaves else module.rpartition(".")[0]
+        if inside or module not in self.leaves:
+            return module
+        return self.between(self.scope(module.rpartition(".")[0]), vid)
+
+    def scope(self, module: str) -> str:
+        """The module whose forward runs what this one holds, where it has none of its own."""
+        while module and module in self.silent:
+            module = module.rpartition(".")[0]
+        return module
+
+    def between(self, module: str, vid: int) -> str:
+        """Where a chain of modules passes on what one of them made, that one; unless it is a single operator."""
+        if module not in self.chains:
+            return module
+        maker = self.maker(vid)
+        start = f"{module}." if module else ""
+        if not maker.startswith(start):
+            return module
+        child = start + maker[len(start) :].split(".")[0]
+        return module if child in self.leaves or child == module else self.between(child, vid)
 
     def maker(self, vid: int) -> str:
         """The module in whose forward a value was computed."""
@@ -488,7 +520,24 @@ class Place:
         both = ".".join(os.path.commonprefix(makers))  # noqa: RUF071  of lists it compares name by name
         given = self.giver(vid)
         found = both if len(both) > len(given) and both.startswith(given) else given
-        return found.rpartition(".")[0] if found in self.leaves else found
+        whole = self._returner(vid, other)
+        if whole:
+            return whole
+        found = self.scope(found.rpartition(".")[0] if found in self.leaves else found)
+        return self.between(found, vid)
+
+    def _returner(self, vid: int, other: int) -> str:
+        """The outermost module that takes `other`, makes `vid` of it and gives it to another module."""
+        run, taker = self.pair.ours, self.node.module
+        found = ""
+        path = self.maker(vid)
+        while path and not f"{taker}.".startswith(f"{path}."):
+            made_here = self.maker(other).startswith(path)
+            takes = any(run.tape.nodes[c].module.startswith(path) for c in self.pair.users(other))
+            if path not in self.leaves and path not in self.silent and path not in self.chains and takes:
+                found = path if not made_here else found
+            path = path.rpartition(".")[0]
+        return found
 
     @staticmethod
     def normalises(run: Run, node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.mapper.record import Node, Ref
-from surgery.pairing import Edit, Found, Place, Untold, call, op_name
+from surgery.pairing import UNFIT, Edit, Found, Place, Untold, call, op_name
 
 ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
 
@@ -30,7 +30,7 @@ def added(place: Place) -> Iterator[Found]:
             node = other.tape.nodes[t]
             try:
                 out = call(node, _values(place, made, back))
-            except (Untold, RuntimeError, ValueError, IndexError, TypeError):
+            except UNFIT:
                 break
             for o, y in zip(node.outs, out, strict=True):
                 if o >= 0:
@@ -66,7 +66,7 @@ def _inserted(place: Place, z: Tensor, chain: list[Node]) -> Iterator[Found]:
                 module: str | None = place.giver(vid)
                 if cause == "pre/post norm":
                     owner = _norm_of(place, chain)
-                    module = owner.rpartition(".")[0] if owner is not None else module
+                    module = place.scope(owner.rpartition(".")[0]) if owner is not None else module
                 if cause == "missing bias":
                     made_by = run.tape.values[place.pair.origin(vid)].node
                     module = run.tape.nodes[made_by].module if made_by >= 0 else None

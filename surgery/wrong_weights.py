@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery import twin
+from surgery.mapper.names import claims
 from surgery.pairing import Edit, Found, Place, Run, Untold
 
 _MOST = 200  # candidates for one tensor
@@ -240,6 +241,8 @@ def _whole(now: Tensor, right: Tensor) -> tuple[str, str] | None:
     if bool(used.any()) and bool((now[~used] == 0).all()):
         ratio = now[used] / right[used]
         middle = float(ratio.median())
+        if middle == -1 and bool((ratio == -1).all()):
+            return "sign", "it has the other sign"
         if middle != 1 and float((ratio - middle).abs().max()) < 1e-6 * abs(middle) + 1e-9:
             return "scaled", f"it is {middle:.7g} times the source's"
     shift = now - right
@@ -283,11 +286,13 @@ def _of_another(now: Tensor, right: Tensor, stores: Stores, name: str, of: str) 
     standing = next((n for n, t in stores.theirs.items() if n != of and _holds(t, now)), "")
     whole = stores.theirs.get(of)
     if not standing and whole is not None and whole.numel() > now.numel() and _holds(whole, now):
-        return "swapped query and key", f"it holds another part of the source's {of}"
+        cause = "swapped query and key" if tied and _query_key(name, tied) else "swapped tensors"
+        return cause, f"it holds another part of the source's {of}"
     if standing:
         if tied and not _tied_there(stores, of):
-            where = "query and key are swapped" if _query_key(of, standing) else f"swapped with {tied}"
-            cause = "swapped query and key" if _query_key(of, standing) else "swapped layers"
+            both = _query_key(of, standing)
+            where = "query and key are swapped" if both else f"swapped with {tied}"
+            cause = "swapped query and key" if both else _exchanged(of, standing)
             return cause, f"it holds the source's {standing} and not {of}: {where}"
         return "duplicated", f"it holds the source's {standing}, and not {of}"
     if tied:
@@ -314,14 +319,15 @@ def _tied_there(stores: Stores, of: str) -> bool:
 
 
 def _query_key(a: str, b: str) -> bool:
-    """Do two names differ in one word alone, inside the same module's parent?"""
-    x, y = a.split("."), b.split(".")
-    return (
-        len(x) == len(y)
-        and sum(p != q for p, q in zip(x, y, strict=True)) == 1
-        and x[-2:-1] != y[-2:-1]
-        and (not any(p.isdigit() for p, q in zip(x, y, strict=True) if p != q))
-    )
+    """Does one name say query, and the other key?"""
+    said = {dict(claims(tuple(n.split(".")))[0]).get("projection") for n in (a, b)}
+    return said == {"query", "key"}
+
+
+def _exchanged(a: str, b: str) -> str:
+    """Of two layers where the names differ in a number alone, else of two places in one."""
+    differ = [(p, q) for p, q in zip(a.split("."), b.split("."), strict=False) if p != q]
+    return "swapped layers" if differ and all(p.isdigit() and q.isdigit() for p, q in differ) else "swapped tensors"
 
 
 def stores_of(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Stores:
