@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from surgery.causes import causes, tried
 from surgery.errors import GraftError
 from surgery.expr import Name, names
 from surgery.mapper.record import FingerprintIndex, Tape, fingerprint, record
-from surgery.pairing import MATCH, SOFTMAX, UNFIT, Edit, Found, Pair, Place, Run, caller, cuts, op_name
+from surgery.pairing import MATCH, SOFTMAX, UNFIT, Edit, Found, Pair, Place, Run, caller, cuts, named, op_name
 from surgery.proof import Divergence
 from surgery.running import Call, Side, all_tensors
 
@@ -168,7 +167,7 @@ def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Diverg
     theirs_at = near if near >= 0 else (place.theirs[0] if place.theirs else -1)
     theirs = pair.theirs.tape.nodes[theirs_at].module if theirs_at >= 0 else ""
     file, line = pair.ours.tape.lines.get(cause.node if cause is not None else first, ("", 0))
-    where = _named(judge.target, module, file, line)
+    where = named(judge.target, module, file, line)
     nearly = f"; the nearest activation of the reference, in {theirs or 'its forward'}, differs by {residual:.1e}"
     nearly = nearly if residual < 1.0 else ""
     if cause is None:
@@ -180,17 +179,6 @@ def _told(judge: Judge, place: Place, cause: Found | None, label: str) -> Diverg
     also = f"; once that is corrected, {', '.join(further)} still {differ}" if further else ""
     why = f"{fix} ({label}: the outputs part there{nearly}{also})"
     return Divergence(module, theirs, residual, why, cause.cause, file, line, fix, further)
-
-
-def _named(target: nn.Module, module: str, file: str, line: int) -> str:
-    """A module in the person's words: its path, and its class and line where they are known."""
-    try:
-        kind = type(target.get_submodule(module)).__name__
-    except AttributeError:
-        kind = ""
-    at = f"{Path(file).name}:{line}" if file else ""
-    told = ", ".join(t for t in (kind, at) if t)
-    return f"{module or 'the module itself'} ({told})" if told else module or "the module itself"
 
 
 def _further(place: Place, cause: Found) -> tuple[str, ...]:

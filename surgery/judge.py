@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery import attribution, machine, nearby, passes, surface
+from surgery import attribution, casts, machine, nearby, passes, surface
 from surgery import twin as twin_of
 from surgery.checkpoint import Checkpoint
 from surgery.divergence import diverge
@@ -390,6 +390,7 @@ class Judge:
             gaps += unused_masks(self.inputs, self.target, surfaced)
             symmetries += [*reordered(self.plan.rows, self.values, self.held), *left_out(self)]
             why = nothing
+            self.notes += casts.notes(self)
         labels = tuple(label for label, _ in self.inputs)
         passed = found.passed and not why
         details = {"lifted": True, "blockwise": self.blockwise, "norm": passes.NORM, "torch": torch.__version__}

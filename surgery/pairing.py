@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from surgery import surface, twin
@@ -42,6 +42,17 @@ def caller() -> tuple[str, int]:
     while frame is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH, "<")):
         frame = frame.f_back
     return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
+
+
+def named(target: nn.Module, module: str, file: str, line: int, *, short: bool = False) -> str:
+    """A module in the person's words: its path, and its class and line where they are known. `short`: no class."""
+    try:
+        kind = "" if short else type(target.get_submodule(module)).__name__
+    except AttributeError:
+        kind = ""
+    at = f"{Path(file).name}:{line}" if file else ""
+    told = ", ".join(t for t in (kind, at) if t)
+    return f"{module or 'the module itself'} ({told})" if told else module or "the module itself"
 
 
 def op_name(node: Node) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,7 +185,38 @@ def run(judge: Judge, wanted: Pass, places: Mapping[str, surface.Place]) -> Pass
             "graphs": {"reference": theirs.graphs, "target": ours.graphs},
             "graph_breaks": {"reference": theirs.breaks, "target": ours.breaks},
         }
-    return _judged(judge, wanted, theirs.outputs, ours.outputs, labels, details, anywhere=surfaced)
+    result = _judged(judge, wanted, theirs.outputs, ours.outputs, labels, details, anywhere=surfaced)
+    return result if not result.differs or wanted.compiled else _blamed(judge, wanted, theirs.outputs, at, result)
+
+
+def _blamed(
+    judge: Judge, wanted: Pass, theirs: list[list[Tensor]], at: Sequence[surface.Place] | None, failed: PassResult
+) -> PassResult:
+    """A pass that failed, with the casts of the target that are why: without them it passes."""
+    from surgery import casts
+
+    found: dict[casts.Cast, None] = {}
+    left: list[float] = []  # by trial, what still differs
+
+    def again(lift: casts.Lift) -> bool:
+        side = casts.watching(judge.target_side, lift, found)
+        try:
+            ours = _side(judge, side, _target(judge, wanted, at is not None), wanted, at)
+        except GraftError:
+            return False  # it does not run without them
+        result = _judged(judge, wanted, theirs, ours.outputs, failed.inputs, {}, anywhere=at is not None)
+        left.append(result.worst)
+        return result.status == "passed"
+
+    again(lambda _: False)
+    blamed = casts.blamed(judge, found, again)
+    if not blamed:
+        return failed
+    said = "; ".join(casts.told(judge, of) for of in blamed)
+    why = f"{failed.why}: {said}, and without that it differs by {min(left):.1e}"
+    sites = [{"module": of[0].module, "file": of[0].file, "line": of[0].line} for of in blamed]
+    details = {**failed.details, "cause": "dtype cast", "casts": sites}
+    return replace(failed, why=why, details=details)
 
 
 def _judged(
