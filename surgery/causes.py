@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from surgery import attention, structure
+from surgery import arrangement, attention, structure
 from surgery.mapper.record import HUGE, MOVES, RANDOM, Node, Ref, fingerprint
 from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Untold, op_name, recalled
 
@@ -69,9 +69,13 @@ def causes(place: Place) -> Iterator[Found]:
         padding,
         statistics,
         scale,
+        arrangement.another_weight,
+        arrangement.table,
         structure.residual,
         structure.added,
         structure.dropped,
+        arrangement.another_input,
+        arrangement.order,
         attention.heads,
         attention.swapped_operands,
         structure.pooling,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _forward_unimplemented
 from torch.utils._pytree import tree_map
 
-from surgery import nearby, surface, wrong_weights
+from surgery import attribution, nearby, surface, wrong_weights
 from surgery.causes import causes, tried
 from surgery.errors import GraftError
 from surgery.expr import Name, names
@@ -45,9 +45,15 @@ def diverge(judge: Judge, at: int) -> Divergence:
 
 def _recorded(judge: Judge, at: int) -> Divergence | None:
     surfaced = judge.probe.run_target is None
-    twin = judge.target_twin(new=surfaced)
     theirs_tape = _tape(judge, judge.reference_side, judge.reference_twin(), at, set(judge.links))
-    ours_tape = _tape(judge, judge.target_side, twin, at, set(judge.values))
+    ours_tape = _tape(judge, judge.target_side, judge.target_twin(new=surfaced), at, set(judge.values))
+    on_reference, on_target = _precise(judge, theirs_tape, ours_tape)
+    if on_reference:  # what float32 left in a table is not what is looked for
+        twin = judge.reference_twin(on_reference)
+        theirs_tape = _tape(judge, judge.reference_side, twin, at, set(judge.links))
+    if on_target:
+        twin = judge.target_twin(None, on_target, new=surfaced)
+        ours_tape = _tape(judge, judge.target_side, twin, at, set(judge.values))
     theirs = Run(theirs_tape, theirs_tape.outputs())
     ours = Run(ours_tape, ours_tape.outputs())
     if surfaced:
@@ -72,6 +78,17 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     return _told(judge, place, cause, label)
 
 
+def _precise(judge: Judge, theirs: Tape, ours: Tape) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Of each side, the constants and tables that it stores in float32 and the other computes; no weights."""
+    moved = {id(t) for n, t in all_tensors(judge.probe.reference).items() if n in judge.links}
+    filled = {id(t) for n, t in all_tensors(judge.target).items() if n in judge.values or n in judge.new}
+    reference, target = judge.probe.reference, judge.target
+    return (
+        attribution.scalars(reference, moved) | attribution.tables(reference, moved, ours),
+        attribution.scalars(target, filled) | attribution.tables(target, filled, theirs),
+    )
+
+
 def _tape(judge: Judge, side: Side, twin: nn.Module, at: int, weights: set[str]) -> Tape:
     label, x = judge.inputs[at]
     x = tree_map(lambda t: t.to(judge.device) if isinstance(t, Tensor) else t, x)
@@ -93,12 +110,21 @@ def _place(pair: Pair) -> Place | None:
     ours, theirs = pair.frontier(pair.ours), pair.frontier(pair.theirs)
     if not ours:
         return None
-    shared = {i: [t for t in theirs if pair.sharing(i, t)] for i in ours[:24]}
+    shared = {i: [t for t in theirs if pair.sharing(i, t)] or _beside(pair, i) for i in ours[:24]}
     first = next((i for i in ours[:24] if shared[i]), ours[0])
     their_first = sorted(shared.get(first, []), key=lambda t: -pair.sharing(first, t)) or theirs[:4]
     after = pair.ours.after([o for o in pair.ours.tape.nodes[first].outs if o >= 0], 80)
     outs = [o for t in their_first for o in pair.theirs.tape.nodes[t].outs if o >= 0]
     return Place(pair, first, their_first, [first, *after], [*their_first, *pair.theirs.after(outs, 120)])
+
+
+def _beside(pair: Pair, index: int) -> list[int]:
+    """The reference's nodes that take the same as ours and make of it what we have not. They are no frontier where a
+    sum of what they make occurs, by chance or by algebra."""
+    run, other = pair.ours, pair.theirs
+    same = {w for v in run.data_inputs(index) for w in run.twins.get(pair.origin(v), [])}
+    nodes = sorted({c for w in same for c in other.tape.consumers[w]})
+    return [c for c in nodes if any(o >= 0 and other.both[o] is False for o in other.tape.nodes[c].outs)][:4]
 
 
 def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:

@@ -402,6 +402,8 @@ class Pair:
         found = self.equal(f, t.numel(), self.theirs) if f is not None else []
         if not found and self.ours.both[vid] is False:
             return True  # it is there in pieces
+        if vid in self.ours.outputs and self.ours.both[vid] is False and set(found) & set(self.theirs.outputs):
+            return True
         return any(self.theirs.both[w] is not True for w in found)
 
     def _consumers(self, vid: int) -> Iterator[int]:
@@ -501,6 +503,11 @@ class Place:
         if inside or module not in self.leaves:
             return module
         return self.between(self.scope(module.rpartition(".")[0]), vid)
+
+    def caller(self) -> str:
+        """The module whose forward goes on with what our first node gives."""
+        module = self.node.module
+        return self.scope(module.rpartition(".")[0]) if module in self.leaves else module
 
     def scope(self, module: str) -> str:
         """The module whose forward runs what this one holds, where it has none of its own."""

@@ -10,36 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from surgery.mapper.record import Node, Ref
-from surgery.pairing import UNFIT, Edit, Found, Place, Untold, call, op_name
+from surgery.arrangement import layouts, put
+from surgery.mapper.record import Node
+from surgery.pairing import SOFTMAX, UNFIT, Edit, Found, Place, Run, Untold, call, op_name
 
 ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
 
 
 def added(place: Place) -> Iterator[Found]:
-    """The reference does something to the value first: adds a bias or what came in, scales, normalises."""
+    """The reference does something to the value first: adds a bias or what came in, scales, normalises, turns it."""
     run, other = place.pair.ours, place.pair.theirs
     back = {w: v for v, ws in run.twins.items() for w in ws}
-    for start in place.theirs[:4]:
+    returned = [o for o in place.node.outs if o in run.outputs and run.twins.get(o)]
+    starts = list(place.theirs[:4])
+    if returned:  # what is returned occurs in the reference, which goes on with it
+        starts = sorted({c for o in returned for w in run.twins[o] for c in other.tape.consumers[w]})[:4]
+    for start in starts:
         made: dict[int, Tensor] = {}
-        chain: list[Node] = []
-        t: int | None = start
-        while t is not None and len(chain) < 5:
+        chains: dict[int, list[int]] = {}
+        outs = [o for o in other.tape.nodes[start].outs if o >= 0]
+        for t in [start, *other.after(outs, 14)]:
             node = other.tape.nodes[t]
             try:
                 out = call(node, _values(place, made, back))
             except UNFIT:
                 break
+            chain = sorted({n for v in node.inputs for n in chains.get(v, [])} | {t})
             for o, y in zip(node.outs, out, strict=True):
                 if o >= 0:
-                    made[o] = y
-            chain.append(node)
-            if node.outs[0] >= 0:
-                yield from _inserted(place, made[node.outs[0]], chain)
-            after = [c for o in node.outs if o >= 0 for c in other.tape.consumers[o] if c in place.theirs_after]
-            t = min(after, default=None)
+                    made[o], chains[o] = y, chain
+            if node.outs and node.outs[0] >= 0:
+                yield from _inserted(place, made[node.outs[0]], [other.tape.nodes[n] for n in chain], returned)
 
 
 def _values(place: Place, made: dict[int, Tensor], back: dict[int, int]) -> Callable[[int], Tensor]:
@@ -48,46 +50,50 @@ def _values(place: Place, made: dict[int, Tensor], back: dict[int, int]) -> Call
 
 def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
     value = place.pair.theirs.tape.values[vid]
-    if value.data and vid in back:
+    if value.data and vid in back and place.pair.ours.tape.values[back[vid]].shape == value.shape:
         return place.pair.ours.held(back[vid])
     return place.pair.theirs.held(vid)
 
 
-def _inserted(place: Place, z: Tensor, chain: list[Node]) -> Iterator[Found]:
-    """z in place of what our node takes, wherever the reference's operator took it."""
+def _inserted(place: Place, z: Tensor, chain: list[Node], returned: list[int]) -> Iterator[Found]:
+    """z in place of what our node takes, wherever the reference's operator took it; or of what it returns."""
     run = place.pair.ours
-    taken = [v for v in run.data_inputs(place.first) if run.tape.values[v].shape == tuple(z.shape)]
-    for vid in taken:
-        users = [c for c in run.tape.consumers[vid] if c >= place.first and c in place.ours_after]
-        for several in dict.fromkeys(((place.first,), tuple(users))):
-            edit = Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in several})
-            if place.ok(edit):
-                cause, said = _missing(place, chain)
-                module: str | None = place.giver(vid)
-                if cause == "pre/post norm":
-                    owner = _norm_of(place, chain)
-                    module = place.scope(owner.rpartition(".")[0]) if owner is not None else module
-                if cause == "missing bias":
-                    made_by = run.tape.values[place.pair.origin(vid)].node
-                    module = run.tape.nodes[made_by].module if made_by >= 0 else None
-                yield Found(cause, said, edit, place.first, module)
+    tries: list[tuple[int, Edit]] = []
+    for o in returned:
+        tries += [(o, Edit(leaves={o: y})) for y in layouts(z, run.tape.values[o].shape)]
+    taken = run.data_inputs(place.first)
+    for vid in taken if not returned else ():
+        if run.tape.values[vid].shape == tuple(z.shape):
+            users = [c for c in run.tape.consumers[vid] if c >= place.first and c in place.ours_after]
+            for several in dict.fromkeys(((place.first,), tuple(users))):
+                tries.append((vid, Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in several})))
+    for vid in dict.fromkeys(place.pair.origin(v) for v in taken) if not returned else ():
+        if vid not in taken and run.tape.values[vid].shape == tuple(z.shape) and run.tape.values[vid].origin == "node":
+            tries.append((vid, Edit(leaves={vid: z})))
+    for vid, edit in tries:
+        if place.ok(edit):
+            cause, said = _missing(place, chain)
+            module: str | None = place.giver(vid) if not returned else place.caller()
+            if cause == "pre/post norm":
+                owner = _norm_of(place, chain)
+                module = place.scope(owner.rpartition(".")[0]) if owner is not None else module
+            if cause == "missing bias" and not returned:
+                made_by = run.tape.values[place.pair.origin(vid)].node
+                module = run.tape.nodes[made_by].module if made_by >= 0 else None
+            yield Found(cause, said, edit, place.first, module)
+            return
 
 
 def _other_input(node: Node, vid: int, z: Tensor) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def put(ref: Any, now: Any) -> Any:
-            return z if isinstance(ref, Ref) and ref.vid == vid else now
-
-        here = tree_map(put, node.args, args, is_leaf=lambda x: isinstance(x, Ref))
-        return node.op(*here, **kwargs)
-
-    return run
+    return put(node, vid, z)
 
 
 def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     other = place.pair.theirs
     if any(place.normalises(other, n) for n in chain):
         return "pre/post norm", "the source normalises this value first: its norm stands at another place"
+    if turns(other, chain):
+        return "rotary", "the source turns this value by its position first: rotary positions are missing"
     node = chain[-1]
     weights = [v for v in node.inputs if other.tape.values[v].weights and not other.tape.values[v].data]
     if op_name(node) == "add" and weights:
@@ -100,6 +106,18 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     if op_name(node) in ("gelu", "relu", "silu", "tanh", "sigmoid", "clamp"):
         return "activation", f"the source applies {op_name(node)} first"
     return f"missing {op_name(node)}", f"the source applies {op_name(node)} to this value first"
+
+
+def turns(run: Run, chain: list[Node]) -> bool:
+    """Do these operators rotate pairs of a value's elements by angles that depend on the place alone?"""
+    names = [op_name(n) for n in chain]
+
+    def angles(node: Node) -> bool:
+        held = [run.tape.values[v] for v in node.inputs if not run.tape.values[v].data]
+        return any(not v.weights and v.dtype.is_floating_point and len(v.shape) > 1 for v in held)
+
+    swaps = any(n in ("cat", "stack") for n in names)
+    return swaps and sum(angles(n) for n in chain if op_name(n) == "mul") >= 2
 
 
 def _norm_of(place: Place, chain: list[Node]) -> str | None:
@@ -176,6 +194,8 @@ def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
         module = place.giver(place.pair.ours.data_inputs(place.first)[0])
         return Found("pre/post norm", said, edit, index, module)
     run = place.pair.ours
+    if turns(run, chain):
+        return Found("rotary", "it turns this value by its position, the source does not", edit, index)
     node = chain[-1]
     weights = [v for v in node.inputs if run.tape.values[v].weights and not run.tape.values[v].data]
     if names[-1] == "add" and weights:
@@ -187,6 +207,10 @@ def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
         return Found("extra residual", "it adds what the source does not", edit, index)
     if names[-1] in ("mul", "div"):
         return Found("scale", "it scales this value, the source does not", edit, index)
+    if names[-1] in ("clamp", "clamp_min", "clamp_max"):
+        return Found("activation", f"it applies {names[-1]}, the source nothing", edit, index)
+    if names[-1] in SOFTMAX:
+        return Found("activation", "it applies a softmax, the source nothing", edit, index)
     if names[-1] in ELEMENTWISE:
         return Found("activation", f"it applies {names[-1]}, the source nothing", edit, index)
     return Found(f"extra {names[-1]}", f"it applies {names[-1]} to this value, the source does not", edit, index)
