@@ -56,6 +56,8 @@ def order(place: Place) -> Iterator[Found]:
         return known[vid]
 
     for index in nodes:
+        if op_name(run.tape.nodes[index]) in PRODUCTS:
+            continue  # the order of a weight's rows: surgery.wrong_weights
         if time.monotonic() > place.until or tried > _TRIALS:
             return
         for o in run.tape.nodes[index].outs:
@@ -70,8 +72,62 @@ def order(place: Place) -> Iterator[Found]:
                     edit = Edit(leaves={o: z.contiguous()})
                     if place.ok(edit):
                         cause, said = _order_of(y, z, run.tape.nodes[index])
+                        edit = _likewise(place, edit, index)
                         yield Found(cause, said, edit, index, place.scope(run.tape.nodes[index].module))
                         return
+
+
+def _likewise(place: Place, edit: Edit, index: int) -> Edit:
+    """The change, with other values of the same module that lie otherwise (value beside key), where that mends more."""
+    run, other = place.pair.ours, place.pair.theirs
+    module = run.tape.nodes[index].module
+    nodes = [n for n in range(index + 1, min(index + 60, len(run.tape.nodes))) if run.tape.nodes[n].module == module]
+    for n in nodes:
+        for o in run.tape.nodes[n].outs:
+            if o < 0 or run.both[o] is not True or o in edit.leaves or _lies_alike(place, o):
+                continue
+            if not all(_lies_alike(place, v) for v in run.data_inputs(n)):
+                continue
+            left = place.left(edit)
+            for w in run.twins[o][:3]:
+                more = next(
+                    (
+                        e
+                        for z in layouts(other.held(w), run.tape.values[o].shape)
+                        if place.ok(e := edit.with_(Edit(leaves={o: z.contiguous()})))
+                        and (not (now := place.left(e)) or (left and now[0] > left[0]))
+                    ),
+                    None,
+                )
+                if more is not None:
+                    edit = more
+                    break
+    return edit
+
+
+def order_at_weight(place: Place) -> Iterator[Found]:
+    """A weight meets the reference's numbers in another order: they were flattened or joined otherwise."""
+    run, other = place.pair.ours, place.pair.theirs
+    theirs = list(_meetings(other, range(len(other.tape.nodes))))
+    for index, print_, mine in _meetings(run, place.ours_after[:12]):
+        for _, f, wanted in theirs:
+            if not same(print_, f, MATCH) or wanted not in run.twins.get(mine, []):
+                continue
+            now = run.held(mine)
+            for z in layouts(other.held(wanted), tuple(now.shape)):
+                edit = Edit(ops={index: put(run.tape.nodes[index], mine, z)})
+                if not _close(z, now) and place.ok(edit):
+                    cause, said = _order_of(now, z, run.tape.nodes[index])
+                    said = said if cause != "layout" else "the same numbers reach its weight in another order than the source's"
+                    made = run.tape.values[mine].node
+                    while made > 0 and op_name(run.tape.nodes[made]) in ("view", "_unsafe_view") and run.data_inputs(made):
+                        before = run.tape.values[run.data_inputs(made)[0]].node
+                        if before < 0 or run.tape.nodes[before].module != run.tape.nodes[made].module:
+                            break
+                        made = before
+                    node = made if made >= 0 else index
+                    yield Found(cause, said, edit, node, place.giver(mine))
+                    return
 
 
 def _lies_alike(place: Place, vid: int) -> bool:
@@ -87,26 +143,35 @@ def _lies_alike(place: Place, vid: int) -> bool:
 
 def _order_of(ours: Tensor, theirs: Tensor, node: Node) -> tuple[str, str]:
     """(cause, words): how two arrangements of the same elements differ."""
+    if op_name(node) == "cat" and any(
+        _same_rows(ours.movedim(a, 0), theirs.movedim(a, 0)) for a in range(ours.ndim) if ours.shape[a] > 1
+    ):
+        return "block order", "it joins its parts in another order than the source's"
     for axis in range(ours.ndim):
         n = ours.shape[axis]
         if n > 1 and _close(ours.flip(axis), theirs):
-            return "order", f"axis {axis} runs the other way round than the source's"
+            return "block order", f"axis {axis} runs the other way round than the source's"
         for by in range(1, n):
-            if _close(ours.roll(-by, axis), theirs):
+            if 2 * by != n and _close(ours.roll(-by, axis), theirs):
                 by = by if by <= n // 2 else by - n
                 return "shifted", f"along axis {axis} it is shifted by {by} against the source's"
+    if op_name(node) in ("repeat", "expand", "index_select") and ours.ndim > 3:
+        return "head order", "it repeats its heads in another order than the source's"
     for axis in range(ours.ndim):
-        if _same_rows(ours.movedim(axis, 0), theirs.movedim(axis, 0)):
-            joined = op_name(node) == "cat"
-            what = "it joins its parts" if joined else f"what lies along axis {axis} stands"
-            return "block order", f"{what} in another order than the source's"
+        if _same_blocks(ours.movedim(axis, 0), theirs.movedim(axis, 0)):
+            return "block order", f"what lies along axis {axis} stands in another order than the source's"
     several = [a for a in range(ours.ndim) if ours.shape[a] > 1]
     for a, b in itertools.combinations(several, 2):
         if ours.shape[a] == ours.shape[b] and _close(ours.transpose(a, b), theirs):
             return "transposed", f"its axes {a} and {b} stand in each other's place"
-    if op_name(node) in ("expand", "repeat", "clone", "index_select") and node.inputs:
-        return "head order", "it repeats or joins heads in another order than the source's"
     return "layout", "it lays the same numbers out in another order than the source does"
+
+
+def _same_blocks(a: Tensor, b: Tensor) -> bool:
+    """Are these a few equal blocks in another order?"""
+    return any(
+        len(a) % k == 0 and _same_rows(a.reshape(k, -1), b.reshape(k, -1)) for k in range(2, min(len(a), 4) + 1)
+    )
 
 
 def _same_rows(a: Tensor, b: Tensor) -> bool:
@@ -116,6 +181,43 @@ def _same_rows(a: Tensor, b: Tensor) -> bool:
         return False
     p, q = a.sum(-1).argsort(), b.sum(-1).argsort()
     return _close(a[p], b[q])
+
+
+def axes(place: Place) -> Iterator[Found]:
+    """Two axes stand in each other's place, or one somewhere else, before they are flattened or met by a weight."""
+    run = place.pair.ours
+    upstream = run.before(run.tape.nodes[place.first].inputs, 24, data=True)
+    for index in [place.first, *upstream]:
+        node = run.tape.nodes[index]
+        if op_name(node) not in ("permute", "transpose", "t") or not node.outs:
+            continue
+        n = len(run.tape.values[node.outs[0]].shape)
+        for turn in _turns(n):
+            edit = Edit(ops={index: _turned(node, turn)})
+            if place.ok(edit, soon=True):
+                moved = [a for a in range(n) if turn[a] != a]
+                said = f"its axes {', '.join(map(str, moved))} stand in another order than the source's"
+                yield Found("layout", said, edit, index, place.scope(node.module))
+                return
+
+
+def _turns(n: int) -> Iterator[tuple[int, ...]]:
+    """Orders of n axes in which two are exchanged, or one stands elsewhere."""
+    found: dict[tuple[int, ...], None] = {}
+    for a, b in itertools.permutations(range(n), 2):
+        rest = [x for x in range(n) if x != a]
+        found[(*rest[:b], a, *rest[b:])] = None
+        swapped = list(range(n))
+        swapped[a], swapped[b] = b, a
+        found[tuple(swapped)] = None
+    return iter(found)
+
+
+def _turned(node: Node, turn: tuple[int, ...]) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return node.op(*args, **kwargs).permute(turn).contiguous()
+
+    return run
 
 
 # -- another input ----------------------------------------------------------------------------------------------------
@@ -182,8 +284,9 @@ def _told_input(place: Place, index: int, mine: int, wanted: int, edit: Edit) ->
     made_from = wants in {v for n in back for v in run.tape.nodes[n].inputs}
     node = run.tape.nodes[index]
     outer = node.module.rpartition(".")[0] if node.module in place.leaves else node.module
-    module = place.scope(outer)
+    module = place.between(place.scope(outer), has)
     a, b = (place.maker(v) or "the inputs" for v in (has, wants))
+    b = f"another value of {b}" if a == b else b
     said = f"{node.module or 'it'} takes what {a} gives, in the source what {b} gives"
     chain = between if made_of else back if made_from else []
     if any(place.normalises(run, run.tape.nodes[n]) for n in chain[:6]):
@@ -220,6 +323,8 @@ def another_weight(place: Place) -> Iterator[Found]:
                 continue
             now = run.held(vid)
             for w in wanted:
+                if not _as_stored(other, w):
+                    continue
                 t = other.held(w)
                 if t.numel() != now.numel() or _close(t.reshape(now.shape), now):
                     continue
@@ -231,9 +336,8 @@ def another_weight(place: Place) -> Iterator[Found]:
         if place.ok(edit):
             yield _told_weight(place, index, vid, name, z, edit)
             return
-    for one, two in itertools.islice(itertools.combinations(found, 2), 4 * _TRIALS):
-        if one[0] == two[0]:
-            continue
+    pairs = ((p, q) for p, q in itertools.combinations(found, 2) if p[0] != q[0])
+    for one, two in itertools.islice(pairs, 4 * _TRIALS):
         edit = Edit(ops={i: put(run.tape.nodes[i], v, z) for i, v, _, z in (one, two)})
         if place.ok(edit):
             index, vid, name, z = one
@@ -248,6 +352,19 @@ def _weights_near(run: Run, nodes: list[int]) -> list[int]:
     return [v for v in dict.fromkeys(free) if run.tape.values[v].dtype.is_floating_point]
 
 
+def _as_stored(run: Run, vid: int) -> bool:
+    """Is a value a weight itself, in whatever layout?"""
+    for _ in range(16):
+        value = run.tape.values[vid]
+        if value.node < 0:
+            return value.origin == "param"
+        node = run.tape.nodes[value.node]
+        if op_name(node) not in MOVES or not node.inputs:
+            return False
+        vid = node.inputs[0]
+    return False
+
+
 def _root_name(run: Run, vid: int) -> str:
     return run.tape.values[run.root(vid)].name
 
@@ -255,6 +372,12 @@ def _root_name(run: Run, vid: int) -> str:
 def _told_weight(place: Place, index: int, vid: int, name: str, z: Tensor, edit: Edit) -> Found:
     run = place.pair.ours
     uses = _root_name(run, vid) or "a weight"
+    own = run.held(run.root(vid))
+    if own.shape == z.shape and _close(own, z):
+        apart = run.held(vid) - z
+        if _close(apart, torch.full_like(apart, float(apart.flatten()[0]))):
+            return Found("offset", f"it adds {float(apart.flatten()[0]):g} to {uses}, the source does not", edit, index)
+        return Found("scale", f"it takes {uses} changed, the source as it is", edit, index)
     mine = place.named_like(z)
     here = f", which is your {mine}" if mine and mine != uses else ""
     said = f"it takes {uses} here, the source {name or 'another one'}{here}"
@@ -267,12 +390,12 @@ def table(place: Place) -> Iterator[Found]:
     """Constants that a program makes itself: the angles of rotary positions, sinusoids."""
     run, other = place.pair.ours, place.pair.theirs
     uses: dict[int, Tensor] = {}
-    for index in place.ours_after[:24]:
+    for index in dict.fromkeys([*_beside(run, place.first), *place.ours_after[:24]]):
         for vid, t in _constants_of(run, index):
             uses[vid] = t
     nodes = [*place.theirs[:4], *place.theirs_after[:24]]
     pool: list[Tensor] = []
-    for index in dict.fromkeys([*nodes, *(n for t in place.theirs[:2] for n in _same_module(other, t))]):
+    for index in dict.fromkeys([*nodes, *(n for t in place.theirs[:2] for n in _beside(other, t))]):
         for _, t in _constants_of(other, index):
             flat = t.reshape([n for n in t.shape if n != 1])
             halves = [flat[..., : flat.shape[-1] // 2], flat[..., ::2]] if flat.ndim and flat.shape[-1] % 2 == 0 else []
@@ -290,9 +413,8 @@ def table(place: Place) -> Iterator[Found]:
         if place.ok(edit):
             yield _told_table(place, [(uses[vid], z)], uses, edit)
             return
-    for (a, x), (b, y) in itertools.islice(itertools.combinations(several, 2), 4 * _TRIALS):
-        if a == b:
-            continue
+    pairs = ((p, q) for p, q in itertools.combinations(several, 2) if p[0] != q[0])
+    for (a, x), (b, y) in itertools.islice(pairs, 8 * _TRIALS):
         edit = Edit(leaves={a: x, b: y})
         if place.ok(edit):
             yield _told_table(place, [(uses[a], x), (uses[b], y)], uses, edit)
@@ -315,9 +437,10 @@ def _constants_of(run: Run, index: int) -> Iterator[tuple[int, Tensor]]:
             yield vid, t
 
 
-def _same_module(run: Run, index: int) -> list[int]:
-    module = run.tape.nodes[index].module
-    return [n for n in range(max(0, index - 24), index) if run.tape.nodes[n].module == module]
+def _beside(run: Run, index: int) -> list[int]:
+    """The operators of the same module shortly before and after one."""
+    near = range(max(0, index - 24), min(index + 32, len(run.tape.nodes)))
+    return [n for n in near if run.tape.nodes[n].module == run.tape.nodes[index].module]
 
 
 def _told_table(place: Place, changed: list[tuple[Tensor, Tensor]], uses: dict[int, Tensor], edit: Edit) -> Found:

@@ -84,6 +84,11 @@ def _about_mask(ours: Tensor, theirs: Tensor) -> str:
         return f"its attention hides nothing, {what}: the mask is missing"
     if bool((ours != theirs).all()) or bool((ours == ~theirs)[..., 0, :].all()):
         return "its mask is inverted: it hides what the source shows"
+    both = s == t and all(bool((m & causal == causal).all()) for m in (ours, theirs))
+    if both:
+        return "its mask hides other places of the past than the source's: padding, or a window"
+    if s == t and bool((theirs & causal == causal).all()) and bool((ours & causal.triu(2) == causal.triu(2)).all()):
+        return "its causal mask is off by one: it shows the next place"
     if s == t and bool((ours & causal == causal).all()) and not bool((theirs & causal == causal).all()):
         return "its attention is causal, the source's is not"
     if s == t and bool((theirs & causal == causal).all()):
@@ -120,7 +125,7 @@ def _maker(place: Place, index: int) -> str | None:
 def heads(place: Place) -> Iterator[Found]:
     """An axis is cut into the same numbers in another order: heads first, or each head's width first."""
     run = place.pair.ours
-    upstream = run.before(run.tape.nodes[place.first].inputs, 40, data=True)
+    upstream = [*run.before(run.tape.nodes[place.first].inputs, 40, data=True), *place.ours_after[:24]]
     views: dict[int, list[list[int]]] = {}
     for index in upstream:
         node = run.tape.nodes[index]
@@ -132,7 +137,10 @@ def heads(place: Place) -> Iterator[Found]:
             if before and len(after) >= k + 1 and math.prod(after[-k:]) == before[-1] and 1 not in after[-k:]:
                 views[index] = [list(p) for p in _orders(k)]
                 break
-    groups: list[list[int]] = [list(views), *([v] for v in views)]
+    by_module: dict[str, list[int]] = {}
+    for v in sorted(views):
+        by_module.setdefault(run.tape.nodes[v].module, []).append(v)
+    groups: list[list[int]] = [*by_module.values(), list(views), *([v] for v in views)]
     for group in groups:
         k = min((len(views[v][0]) for v in group), default=0)
         for order in _orders(k):

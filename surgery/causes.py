@@ -23,7 +23,7 @@ from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Untold, o
 
 SMALL = 1e-2  # an added number below it keeps a quotient finite
 EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
-_SHAPES = (*MOVES, "expand", "cat", "constant_pad_nd", "full", "arange", "index", "sync", "_local_scalar_dense")
+_SHAPES = (*MOVES, "expand", "cat", "constant_pad_nd", "full", "new_empty", "empty", "arange", "index", "sync", "_local_scalar_dense")
 _SAID = {
     "eps": "eps", "p": "p", "alpha": "alpha", "dim": "axis", "correction": "correction", "approximate": "approximate"
 }  # fmt: skip
@@ -76,9 +76,12 @@ def causes(place: Place) -> Iterator[Found]:
         structure.dropped,
         arrangement.another_input,
         arrangement.order,
+        arrangement.order_at_weight,
+        arrangement.axes,
         attention.heads,
         attention.swapped_operands,
         structure.pooling,
+        structure.instead,
     ):
         yield from tried(look(place))
 
@@ -149,12 +152,28 @@ def _constant(place: Place, index: int, edit: Edit, changed: list[tuple[str, Any
         return Found("variance", f"its variance has correction={has}, the source's {wants}", edit, index)
     if name in SOFTMAX and what == "dim":
         return Found("softmax axis", f"its softmax is over axis {has}, the source's over {wants}", edit, index)
-    if name.startswith(("convolution", "avg_pool", "max_pool", "reflection_pad", "replication_pad")):
+    if name.startswith(("avg_pool", "max_pool")):
+        said = ", ".join(f"{k} is {_short(a)}, the source has {_short(b)}" for k, a, b in changed)
+        return Found("pooling", f"in its pooling, {said}", edit, index)
+    if name == "convolution":
+        what, has, wants = next((c for k in ("dilation", "stride") for c in changed if c[0] == k), changed[0])
+    if name == "native_group_norm" and what == "group":
+        return Found("groups", f"it normalises in {has} groups, the source in {wants}", edit, index)
+    if name == "add" and isinstance(has, int) and _indexes(place, index):
+        return Found("position offset", f"its positions begin at {has}, the source's at {wants}", edit, index)
+    if name.startswith(("convolution", "reflection_pad", "replication_pad")):
         return Found(what, f"{what} is {_short(has)}, the source has {_short(wants)}", edit, index)
     if name == "native_batch_norm":
         return Found("statistics", _STATISTICS, edit, index)
     said = ", ".join(f"{k} is {_short(a)}, the source has {_short(b)}" for k, a, b in changed[:2])
     return Found("constant", f"in {name}, {said}", edit, index)
+
+
+def _indexes(place: Place, index: int) -> bool:
+    """Do rows of a table get looked up by what this node gives?"""
+    run = place.pair.ours
+    return any(op_name(run.tape.nodes[n]) in ("index", "index_select", "gather", "embedding")
+               for n in run.after([o for o in run.tape.nodes[index].outs if o >= 0], 6))  # fmt: skip
 
 
 def _number(op: str, x: Any) -> str:

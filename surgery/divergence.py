@@ -71,7 +71,11 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     modules = dict(judge.target.named_modules())
     place.leaves = frozenset(n for n, m in modules.items() if not list(m.children()))
     place.silent = frozenset(n for n, m in modules.items() if type(m).forward is _forward_unimplemented)
-    place.chains = frozenset(n for n, m in modules.items() if type(m).forward is nn.Sequential.forward)
+    place.chains = {
+        n: f"{n}.{next(iter(m._modules), '')}".lstrip(".")
+        for n, m in modules.items()
+        if type(m).forward is nn.Sequential.forward
+    }
     place.until = time.monotonic() + SECONDS
     cause = _heads(judge, place, at) or _cause(place, stores)
     label = judge.inputs[at][0]
@@ -110,8 +114,12 @@ def _place(pair: Pair) -> Place | None:
     ours, theirs = pair.frontier(pair.ours), pair.frontier(pair.theirs)
     if not ours:
         return None
-    shared = {i: [t for t in theirs if pair.sharing(i, t)] or _beside(pair, i) for i in ours[:24]}
+    shared = {i: [t for t in theirs if pair.sharing(i, t)] for i in ours[:24]}
     first = next((i for i in ours[:24] if shared[i]), ours[0])
+    for i in [i for i in ours[:24] if i < first]:
+        if first in pair.ours.after([o for o in pair.ours.tape.nodes[i].outs if o >= 0], 40) and (s := _beside(pair, i)):
+            first, shared[i] = i, s
+            break
     their_first = sorted(shared.get(first, []), key=lambda t: -pair.sharing(first, t)) or theirs[:4]
     after = pair.ours.after([o for o in pair.ours.tape.nodes[first].outs if o >= 0], 80)
     outs = [o for t in their_first for o in pair.theirs.tape.nodes[t].outs if o >= 0]
@@ -142,7 +150,7 @@ def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
         left = place.left(found.edit)
         if not left or place.pair.ours.tape.nodes[left[0]].module != module:
             return found
-        if found.cause != "scale":  # scores of other heads are scaled otherwise, too
+        if found.cause != "scale" and not found.cause.startswith("extra"):  # what is left out may stand elsewhere
             partial = partial or found
     return partial
 

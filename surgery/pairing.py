@@ -471,7 +471,7 @@ class Place:
     theirs_after: list[int]
     leaves: frozenset[str] = frozenset()  # our modules that hold no others
     silent: frozenset[str] = frozenset()  # our modules that hold others and have no forward of their own (ModuleList)
-    chains: frozenset[str] = frozenset()  # and those whose forward is a chain of what they hold (Sequential)
+    chains: Mapping[str, str] = field(default_factory=dict)  # a chain of what it holds (Sequential), and its first
     until: float = math.inf  # time.monotonic() after which nothing more is tried
 
     @property
@@ -522,7 +522,10 @@ class Place:
         maker = self.maker(vid)
         start = f"{module}." if module else ""
         if not maker.startswith(start):
-            return module
+            first = self.chains[module]
+            if not f"{self.node.module}.".startswith(f"{first}."):
+                return module  # what was made under another name stands before it in the chain
+            return self.between(self.scope(module.rpartition(".")[0]), vid) if module else module
         child = start + maker[len(start) :].split(".")[0]
         return module if child in self.leaves or child == module else self.between(child, vid)
 

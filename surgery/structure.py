@@ -5,6 +5,7 @@ As in surgery.causes, each is tried on the target's run, with the target's own v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from surgery.arrangement import layouts, put
-from surgery.mapper.record import Node
-from surgery.pairing import SOFTMAX, UNFIT, Edit, Found, Place, Run, Untold, call, op_name
+from surgery.mapper.record import MOVES, Node
+from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Run, Untold, call, op_name
 
 ELEMENTWISE = ("gelu", "relu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "elu", "leaky_relu", "softplus")
 
@@ -74,14 +75,36 @@ def _inserted(place: Place, z: Tensor, chain: list[Node], returned: list[int]) -
         if place.ok(edit):
             cause, said = _missing(place, chain)
             module: str | None = place.giver(vid) if not returned else place.caller()
+            owner: str | None = None
             if cause == "pre/post norm":
                 owner = _norm_of(place, chain)
                 module = place.scope(owner.rpartition(".")[0]) if owner is not None else module
+            if cause == "pre/post norm" and owner is None and not returned and _is_norm(place):
+                cause, said, module = _other_value(place, chain, vid)
             if cause == "missing bias" and not returned:
                 made_by = run.tape.values[place.pair.origin(vid)].node
                 module = run.tape.nodes[made_by].module if made_by >= 0 else None
             yield Found(cause, said, edit, place.first, module)
             return
+
+
+def _is_norm(place: Place) -> bool:
+    """Is our first node in a module that does nothing but normalise?"""
+    run, module = place.pair.ours, place.node.module
+    own = [run.tape.nodes[i] for i in place.ours_after[:12] if run.tape.nodes[i].module == module]
+    return module in place.leaves and any(place.normalises(run, n) for n in own)
+
+
+def _other_value(place: Place, chain: list[Node], vid: int) -> tuple[str, str, str]:
+    """(cause, words, module): the same norm takes another value than in the reference."""
+    run, other = place.pair.ours, place.pair.theirs
+    module = place.node.module
+    caller = place.between(place.scope(module.rpartition(".")[0]), vid)
+    taken = {v for w in other.before(chain[0].inputs, 1) for v in other.tape.nodes[w].inputs} | set(chain[0].inputs)
+    ours = [v for v, ws in run.twins.items() if taken.intersection(ws) and run.tape.values[v].node >= 0]
+    if any(op_name(run.tape.nodes[run.tape.values[v].node]) == "add" for v in ours):
+        return "parallel residual", f"{module} takes another value: in the source what is added up before it", caller
+    return "wrong input", f"{module} takes another value than in the source", caller
 
 
 def _other_input(node: Node, vid: int, z: Tensor) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
@@ -92,13 +115,19 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     other = place.pair.theirs
     if any(place.normalises(other, n) for n in chain):
         return "pre/post norm", "the source normalises this value first: its norm stands at another place"
-    if turns(other, chain):
+    while len(chain) > 1 and op_name(chain[-1]) in (*MOVES, "cat"):
+        chain = chain[:-1]
+    before = [other.tape.nodes[n] for n in other.before(chain[-1].inputs, 10, data=True)]
+    if turns(other, [*chain, *(n for n in before if any(o >= 0 and other.both[o] is False for o in n.outs))]):
         return "rotary", "the source turns this value by its position first: rotary positions are missing"
     node = chain[-1]
     weights = [v for v in node.inputs if other.tape.values[v].weights and not other.tape.values[v].data]
     if op_name(node) == "add" and weights:
         names_ = [other.tape.values[other.root(v)].name for v in weights]
         return "missing bias", f"no bias is added, the source adds {names_[0] or 'one'}"
+    looked_up = _looked_up(other, node) if op_name(node) == "add" else ""
+    if looked_up:
+        return "missing embedding", f"no embedding is added, the source adds rows of {looked_up}"
     if op_name(node) in ("add", "sub") and len([v for v in node.inputs if other.tape.values[v].data]) == 2:
         return "missing residual", "the residual is missing: the source adds what came in"
     if op_name(node) in ("mul", "div"):
@@ -106,6 +135,17 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
     if op_name(node) in ("gelu", "relu", "silu", "tanh", "sigmoid", "clamp"):
         return "activation", f"the source applies {op_name(node)} first"
     return f"missing {op_name(node)}", f"the source applies {op_name(node)} to this value first"
+
+
+def _looked_up(run: Run, node: Node) -> str:
+    """The table of which a sum adds rows, where the other addend is none."""
+    found = []
+    for v in (v for v in node.inputs if run.tape.values[v].data):
+        made = run.tape.values[v].node
+        if made >= 0 and op_name(run.tape.nodes[made]) in ("index", "embedding", "index_select"):
+            tables = [w for w in run.tape.nodes[made].inputs if run.tape.values[w].weights]
+            found += [run.tape.values[w].name for w in tables]
+    return found[-1] if found else ""
 
 
 def turns(run: Run, chain: list[Node]) -> bool:
@@ -256,3 +296,93 @@ def _pooled_in(place: Place, taken: list[int], name: str, z: Tensor, _: Node) ->
                 if o in run.outputs or place.ok(edit):
                     yield Found("pooling", f"the source takes {name}", edit, index)
                     return
+
+
+# -- another operator -------------------------------------------------------------------------------------------------
+def instead(place: Place) -> Iterator[Found]:
+    """The reference makes something else of the same values: what it makes, in place of what ours does, mends the rest.
+    The cause is told by the operators in which the two differ."""
+    run, other = place.pair.ours, place.pair.theirs
+    wanted: list[tuple[Tensor, list[Node]]] = []
+    for start in place.theirs[:3]:
+        outs = [o for o in other.tape.nodes[start].outs if o >= 0]
+        chain = [start]
+        for t in [start, *other.after(outs, 12)]:
+            chain = list(dict.fromkeys([*chain, t]))
+            for o in other.tape.nodes[t].outs:
+                if o >= 0 and other.tape.values[o].data and other.both[o] is False:
+                    wanted.append((other.held(o), [other.tape.nodes[n] for n in chain]))
+    for index, out, y in place.results(place.ours_after[:14]):
+        mine = [run.tape.nodes[n] for n in place.ours_after if n <= index]
+        for z, theirs in wanted:
+            if z.numel() != y.numel() or not z.is_floating_point():
+                continue
+            for laid in itertools.islice(layouts(z, tuple(y.shape)), 8):
+                edit = Edit(leaves={out: laid.contiguous()})
+                if place.ok(edit):  # the shortest way that mends is what differs, whether it has a name or not
+                    told = _difference(place, mine, theirs)
+                    if told is not None:
+                        yield Found(*told, edit, place.first)
+                    return
+
+
+POOLS = ("avg_pool", "max_pool", "adaptive", "amax", "mean", "_adaptive", "max")
+
+
+def _difference(place: Place, ours: list[Node], theirs: list[Node]) -> tuple[str, str] | None:
+    """(cause, words) of two ways from the same values; None where nothing says what it is."""
+    run, other = place.pair.ours, place.pair.theirs
+    steps = [_stride(nodes) for nodes in (ours, theirs)]
+    if steps[0] != steps[1] and len(steps[0]) == len(steps[1]):
+        return "stride", f"its convolutions step by {steps[0]}, the source's by {steps[1]}"
+    a, b = (_names(r, nodes) for r, nodes in ((run, ours), (other, theirs)))
+    only_a, only_b = [n for n in a if n not in b], [n for n in b if n not in a]
+    soft = [any(n in SOFTMAX for n in side) for side in (a, b)]
+    ends = {a[-1], b[-1]} & {*ELEMENTWISE, *SOFTMAX}
+    if soft[0] != soft[1] and not ends & {*SOFTMAX}:
+        return None
+    if soft[0] != soft[1]:
+        has, wants = ("a softmax" if s else next((n for n in side if n in ELEMENTWISE), "none")
+                      for s, side in zip(soft, (a, b), strict=True))  # fmt: skip
+        return "activation", f"it takes {has}, the source {wants}"
+    roots = [any(n in ("sqrt", "rsqrt", "reciprocal", *NORMS) for n in side) for side in (a, b)]
+    pools = [next((n for n in side if n.startswith(POOLS)), "") for side in (a, b)]
+    if pools[0] and pools[1] and not any(roots) and (pools[0] != pools[1] or "pool" in pools[0]):
+        return "pooling", f"it pools by {pools[0]}, the source by {pools[1]}, or over other windows"
+    stored = [_statistics_of(r, nodes) for r, nodes in ((run, ours), (other, theirs))]
+    if stored[1] and stored[0] != stored[1]:
+        has = "another norm's statistics" if stored[0] else "statistics of its own"
+        return "statistics", f"it normalises by {has}, the source by the running ones"
+    if all(roots):
+        if _after_root(a) != _after_root(b):
+            return "eps", "it adds its eps on the other side of the square root than the source"
+        return "normalisation", "it normalises by other statistics than the source"
+    acts = [next((n for n in side if n in ELEMENTWISE), "") for side in (only_a, only_b)]
+    if any(acts) and acts[0] != acts[1] and ends:
+        return "activation", f"its activation is {acts[0] or 'none'}, the source's {acts[1] or 'none'}"
+    return None
+
+
+def _names(run: Run, nodes: list[Node]) -> list[str]:
+    """The operators, and those that make what they take beside the data."""
+    free = {v for n in nodes for v in n.inputs if not run.tape.values[v].data}
+    before = [op_name(run.tape.nodes[n]) for n in sorted(run.before(free, 24, data=False))]
+    return [*before, *(op_name(n) for n in nodes)]
+
+
+def _stride(nodes: list[Node]) -> list[Any]:
+    return [n.args[3][0] for n in nodes if op_name(n) == "convolution"]
+
+
+def _statistics_of(run: Run, nodes: list[Node]) -> list[float]:
+    """A number for each stored statistic that operators take, to tell them apart."""
+    vids = {v for n in nodes for v in n.inputs if not run.tape.values[v].data}
+    vids |= {v for n in run.before(vids, 16, data=False) for v in run.tape.nodes[n].inputs}
+    held = [run.tape.values[v] for v in sorted(vids) if "var" in run.tape.values[v].name.rpartition(".")[2]]
+    return [float(v.tensor.sum()) for v in held if v.tensor is not None] or [0.0 for _ in held]
+
+
+def _after_root(names: list[str]) -> bool:
+    """Is something added between a root and what divides by it?"""
+    root = next((i for i, n in enumerate(names) if n in ("sqrt", "rsqrt")), -1)
+    return root >= 0 and "add" in names[root + 1 : root + 2]
