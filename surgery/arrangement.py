@@ -232,6 +232,9 @@ def another_input(place: Place) -> Iterator[Found]:
         for _, f, wanted in theirs:
             if not same(print_, f, MATCH) or wanted in run.twins.get(mine, []) or wanted not in back:
                 continue
+            across = [g for i, g, v in _meetings(run, place.ours_after[:40]) if i != index and wanted in run.twins.get(v, [])]
+            if any(same(g, h, MATCH) and w in run.twins.get(mine, []) for g in across for _, h, w in theirs):
+                continue  # two weights stand in each other's place: surgery.wrong_weights
             yield from _given(place, index, mine, back[wanted])
 
 

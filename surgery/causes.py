@@ -426,7 +426,7 @@ def statistics(place: Place) -> Iterator[Found]:
             return
         several = [(i, o) for i, o, y in place.results(near) if y.shape == x.shape]
         for name, f in _normalised(x):
-            if not place.pair.occurs(f):
+            if not place.pair.occurs(f) or any(_close(f, run.held(o)) for _, o in several):
                 continue
             for index, out in several:
                 edit = Edit(leaves={out: f})

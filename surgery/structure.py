@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.arrangement import layouts, put
+from surgery.arrangement import PRODUCTS, layouts, put
 from surgery.mapper.record import MOVES, Node
 from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Run, Untold, call, op_name
 
@@ -64,10 +64,14 @@ def _inserted(place: Place, z: Tensor, chain: list[Node], returned: list[int]) -
         tries += [(o, Edit(leaves={o: y})) for y in layouts(z, run.tape.values[o].shape)]
     taken = run.data_inputs(place.first)
     for vid in taken if not returned else ():
-        if run.tape.values[vid].shape == tuple(z.shape):
-            users = [c for c in run.tape.consumers[vid] if c >= place.first and c in place.ours_after]
+        shape = run.tape.values[vid].shape
+        users = [c for c in run.tape.consumers[vid] if c >= place.first and c in place.ours_after]
+        alike = [z] if shape == tuple(z.shape) else []
+        if not alike and len(shape) == z.ndim > 1:
+            alike = [y for y in layouts(z, shape) if tuple(y.shape) == shape][:6]
+        for y in alike:
             for several in dict.fromkeys(((place.first,), tuple(users))):
-                tries.append((vid, Edit(ops={c: _other_input(run.tape.nodes[c], vid, z) for c in several})))
+                tries.append((vid, Edit(ops={c: _other_input(run.tape.nodes[c], vid, y) for c in several})))
     for vid in dict.fromkeys(place.pair.origin(v) for v in taken) if not returned else ():
         if vid not in taken and run.tape.values[vid].shape == tuple(z.shape) and run.tape.values[vid].origin == "node":
             tries.append((vid, Edit(leaves={vid: z})))
@@ -83,9 +87,11 @@ def _inserted(place: Place, z: Tensor, chain: list[Node], returned: list[int]) -
                 cause, said, module = _other_value(place, chain, vid)
             if cause == "missing bias" and not returned:
                 made_by = run.tape.values[place.pair.origin(vid)].node
-                module = run.tape.nodes[made_by].module if made_by >= 0 else None
+                product = made_by >= 0 and op_name(run.tape.nodes[made_by]) in PRODUCTS
+                if not product and place.left(edit):
+                    continue  # a sum of which nothing is shown but that it occurs
+                module = run.tape.nodes[made_by].module if product else place.giver(vid)
             yield Found(cause, said, edit, place.first, module)
-            return
 
 
 def _is_norm(place: Place) -> bool:
@@ -221,9 +227,21 @@ def dropped(place: Place) -> Iterator[Found]:
             if y.shape != x.shape:
                 continue
             edit = Edit(leaves={out: x})
-            if place.ok(edit):
+            if place.ok(edit) and _carries(place, edit):
                 yield _extra(place, chain, edit)
                 return
+
+
+def _carries(place: Place, edit: Edit) -> bool:
+    """Is something computed of what a change puts in place, and right? That it is passed on shows nothing."""
+    left = place.left(edit)
+    if not left:
+        return True
+    known = place.pair.rerun(edit)
+    both = place.pair.findings(known)
+    run = place.pair.ours
+    made = [run.tape.values[v].node for v in known if both[v] is True and v not in edit.leaves]
+    return any(n >= 0 and op_name(run.tape.nodes[n]) not in (*MOVES, "cat") for n in made)
 
 
 def _extra(place: Place, chain: list[Node], edit: Edit) -> Found:
