@@ -118,9 +118,15 @@ def order_at_weight(place: Place) -> Iterator[Found]:
                 edit = Edit(ops={index: put(run.tape.nodes[index], mine, z)})
                 if not _close(z, now) and place.ok(edit):
                     cause, said = _order_of(now, z, run.tape.nodes[index])
-                    said = said if cause != "layout" else "the same numbers reach its weight in another order than the source's"
+                    said = (
+                        said
+                        if cause != "layout"
+                        else "the same numbers reach its weight in another order than the source's"
+                    )
                     made = run.tape.values[mine].node
-                    while made > 0 and op_name(run.tape.nodes[made]) in ("view", "_unsafe_view") and run.data_inputs(made):
+                    while (
+                        made > 0 and op_name(run.tape.nodes[made]) in ("view", "_unsafe_view") and run.data_inputs(made)
+                    ):
                         before = run.tape.values[run.data_inputs(made)[0]].node
                         if before < 0 or run.tape.nodes[before].module != run.tape.nodes[made].module:
                             break
@@ -169,9 +175,7 @@ def _order_of(ours: Tensor, theirs: Tensor, node: Node) -> tuple[str, str]:
 
 def _same_blocks(a: Tensor, b: Tensor) -> bool:
     """Are these a few equal blocks in another order?"""
-    return any(
-        len(a) % k == 0 and _same_rows(a.reshape(k, -1), b.reshape(k, -1)) for k in range(2, min(len(a), 4) + 1)
-    )
+    return any(len(a) % k == 0 and _same_rows(a.reshape(k, -1), b.reshape(k, -1)) for k in range(2, min(len(a), 4) + 1))
 
 
 def _same_rows(a: Tensor, b: Tensor) -> bool:
@@ -232,7 +236,9 @@ def another_input(place: Place) -> Iterator[Found]:
         for _, f, wanted in theirs:
             if not same(print_, f, MATCH) or wanted in run.twins.get(mine, []) or wanted not in back:
                 continue
-            across = [g for i, g, v in _meetings(run, place.ours_after[:40]) if i != index and wanted in run.twins.get(v, [])]
+            across = [
+                g for i, g, v in _meetings(run, place.ours_after[:40]) if i != index and wanted in run.twins.get(v, [])
+            ]
             if any(same(g, h, MATCH) and w in run.twins.get(mine, []) for g in across for _, h, w in theirs):
                 continue  # two weights stand in each other's place: surgery.wrong_weights
             yield from _given(place, index, mine, back[wanted])

@@ -23,7 +23,19 @@ from surgery.pairing import NORMS, SOFTMAX, UNFIT, Edit, Found, Place, Untold, o
 
 SMALL = 1e-2  # an added number below it keeps a quotient finite
 EPS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3)
-_SHAPES = (*MOVES, "expand", "cat", "constant_pad_nd", "full", "new_empty", "empty", "arange", "index", "sync", "_local_scalar_dense")
+_SHAPES = (
+    *MOVES,
+    "expand",
+    "cat",
+    "constant_pad_nd",
+    "full",
+    "new_empty",
+    "empty",
+    "arange",
+    "index",
+    "sync",
+    "_local_scalar_dense",
+)
 _SAID = {
     "eps": "eps", "p": "p", "alpha": "alpha", "dim": "axis", "correction": "correction", "approximate": "approximate"
 }  # fmt: skip
@@ -74,14 +86,13 @@ def causes(place: Place) -> Iterator[Found]:
         structure.residual,
         structure.added,
         structure.dropped,
+        attention.heads,
+        attention.swapped_operands,
+        structure.pooling,
         arrangement.another_input,
         arrangement.order,
         arrangement.order_at_weight,
         arrangement.axes,
-        attention.heads,
-        attention.swapped_operands,
-        structure.pooling,
-        structure.instead,
     ):
         yield from tried(look(place))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _forward_unimplemented
 from torch.utils._pytree import tree_map
 
-from surgery import attribution, nearby, surface, wrong_weights
+from surgery import attribution, nearby, structure, surface, wrong_weights
 from surgery.causes import causes, tried
 from surgery.errors import GraftError
 from surgery.expr import Name, names
@@ -117,7 +117,9 @@ def _place(pair: Pair) -> Place | None:
     shared = {i: [t for t in theirs if pair.sharing(i, t)] for i in ours[:24]}
     first = next((i for i in ours[:24] if shared[i]), ours[0])
     for i in [i for i in ours[:24] if i < first]:
-        if first in pair.ours.after([o for o in pair.ours.tape.nodes[i].outs if o >= 0], 40) and (s := _beside(pair, i)):
+        if first in pair.ours.after([o for o in pair.ours.tape.nodes[i].outs if o >= 0], 40) and (
+            s := _beside(pair, i)
+        ):
             first, shared[i] = i, s
             break
     their_first = sorted(shared.get(first, []), key=lambda t: -pair.sharing(first, t)) or theirs[:4]
@@ -143,6 +145,7 @@ def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
         yield from tried(wrong_weights.near(place, stores))
         yield from causes(place)
         yield from tried(wrong_weights.far(place, stores))
+        yield from tried(structure.instead(place))
 
     partial: Found | None = None
     module = place.node.module

@@ -541,10 +541,11 @@ class Place:
         both = ".".join(os.path.commonprefix(makers))  # noqa: RUF071  of lists it compares name by name
         given = self.giver(vid)
         found = both if len(both) > len(given) and both.startswith(given) else given
-        whole = self._returner(vid, other)
-        if whole:
-            return whole
         found = self.scope(found.rpartition(".")[0] if found in self.leaves else found)
+        if found in self.chains or not self.maker(vid).startswith(found):
+            whole = self._returner(vid, other)
+            if whole:
+                return whole
         return self.between(found, vid)
 
     def _returner(self, vid: int, other: int) -> str:

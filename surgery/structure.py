@@ -27,14 +27,14 @@ def added(place: Place) -> Iterator[Found]:
     starts = list(place.theirs[:4])
     if returned:  # what is returned occurs in the reference, which goes on with it
         starts = sorted({c for o in returned for w in run.twins[o] for c in other.tape.consumers[w]})[:4]
-    for start in starts:
+    for start, in_ours in itertools.product(starts, (True, False)):
         made: dict[int, Tensor] = {}
         chains: dict[int, list[int]] = {}
         outs = [o for o in other.tape.nodes[start].outs if o >= 0]
         for t in [start, *other.after(outs, 14)]:
             node = other.tape.nodes[t]
             try:
-                out = call(node, _values(place, made, back))
+                out = call(node, _values(place, made, back, in_ours))
             except UNFIT:
                 break
             chain = sorted({n for v in node.inputs for n in chains.get(v, [])} | {t})
@@ -45,13 +45,14 @@ def added(place: Place) -> Iterator[Found]:
                 yield from _inserted(place, made[node.outs[0]], [other.tape.nodes[n] for n in chain], returned)
 
 
-def _values(place: Place, made: dict[int, Tensor], back: dict[int, int]) -> Callable[[int], Tensor]:
-    return lambda vid: made[vid] if vid in made else _as_ours(place, vid, back)
+def _values(place: Place, made: dict[int, Tensor], back: dict[int, int], in_ours: bool) -> Callable[[int], Tensor]:
+    return lambda vid: made[vid] if vid in made else _as_ours(place, vid, back if in_ours else {})
 
 
 def _as_ours(place: Place, vid: int, back: dict[int, int]) -> Tensor:
+    """A value of the reference's, as the target has laid it out where it has it."""
     value = place.pair.theirs.tape.values[vid]
-    if value.data and vid in back and place.pair.ours.tape.values[back[vid]].shape == value.shape:
+    if value.data and vid in back:
         return place.pair.ours.held(back[vid])
     return place.pair.theirs.held(vid)
 
@@ -87,11 +88,17 @@ def _inserted(place: Place, z: Tensor, chain: list[Node], returned: list[int]) -
                 cause, said, module = _other_value(place, chain, vid)
             if cause == "missing bias" and not returned:
                 made_by = run.tape.values[place.pair.origin(vid)].node
-                product = made_by >= 0 and op_name(run.tape.nodes[made_by]) in PRODUCTS
+                maker = run.tape.nodes[made_by] if made_by >= 0 else None
+                product = maker is not None and (op_name(maker) in PRODUCTS or _adds_weight(place, maker))
                 if not product and place.left(edit):
                     continue  # a sum of which nothing is shown but that it occurs
-                module = run.tape.nodes[made_by].module if product else place.giver(vid)
+                module = maker.module if product and maker is not None else place.giver(vid)
             yield Found(cause, said, edit, place.first, module)
+
+
+def _adds_weight(place: Place, node: Node) -> bool:
+    values = [place.pair.ours.tape.values[v] for v in node.inputs]
+    return op_name(node) == "add" and any(v.weights and not v.data for v in values)
 
 
 def _is_norm(place: Place) -> bool:
@@ -322,6 +329,7 @@ def instead(place: Place) -> Iterator[Found]:
     The cause is told by the operators in which the two differ."""
     run, other = place.pair.ours, place.pair.theirs
     wanted: list[tuple[Tensor, list[Node]]] = []
+    tried = 0
     for start in place.theirs[:3]:
         outs = [o for o in other.tape.nodes[start].outs if o >= 0]
         chain = [start]
@@ -336,14 +344,20 @@ def instead(place: Place) -> Iterator[Found]:
             if z.numel() != y.numel() or not z.is_floating_point():
                 continue
             for laid in itertools.islice(layouts(z, tuple(y.shape)), 8):
+                tried += 1
                 edit = Edit(leaves={out: laid.contiguous()})
-                if place.ok(edit):  # the shortest way that mends is what differs, whether it has a name or not
+                if tried > TRIALS:
+                    return
+                if place.ok(
+                    edit, soon=True
+                ):  # the shortest way that mends is what differs, whether it has a name or not
                     told = _difference(place, mine, theirs)
                     if told is not None:
                         yield Found(*told, edit, place.first)
                     return
 
 
+TRIALS = 400
 POOLS = ("avg_pool", "max_pool", "adaptive", "amax", "mean", "_adaptive", "max")
 
 
@@ -374,6 +388,8 @@ def _difference(place: Place, ours: list[Node], theirs: list[Node]) -> tuple[str
     if all(roots):
         if _after_root(a) != _after_root(b):
             return "eps", "it adds its eps on the other side of the square root than the source"
+        if all(any(n in NORMS for n in side) for side in (a, b)):
+            return None  # the same norm, of another value
         return "normalisation", "it normalises by other statistics than the source"
     acts = [next((n for n in side if n in ELEMENTWISE), "") for side in (only_a, only_b)]
     if any(acts) and acts[0] != acts[1] and ends:

@@ -136,7 +136,12 @@ WAV2VEC = slips_of(
     ("input scale", "wave normalised", ("", "convs.0"), ("scale", "input", "normalisation", "pre/post norm")),
     ("activation before norm", "gelu before norm", ("", "gn"), ("activation", "pre/post norm", "gelu")),
     ("activation missing", "no gelu after norm", ("", "convs.1"), ("activation", "gelu")),
-    ("gain missing", "instance without gain", ("", "gn"), ("normalisation", "missing gain", "missing bias", "scale", "scaled")),
+    (
+        "gain missing",
+        "instance without gain",
+        ("", "gn"),
+        ("normalisation", "missing gain", "missing bias", "scale", "scaled"),
+    ),
     ("GELU variant", "tanh in convs", ("",), ("gelu", "activation")),
     ("norm missing", "features not normed", ("", "proj"), ("pre/post norm", "missing norm")),
     ("position offset", "position gelu after cut", ("",), ("position offset",)),
@@ -151,7 +156,12 @@ WAV2VEC = slips_of(
     ("causal mask too many", "local", (SL,), ("mask",)),
     ("attention scale", "no scale", (SL,), ("scale",)),
     ("residual before norm", "pre norm", (SL,), ("pre/post norm",)),
-    ("norm of another place", "norms turned", (SL, f"{SL}.norms.1"), ("swapped layers", "swapped tensors", "duplicated", "wrong tensor")),
+    (
+        "norm of another place",
+        "norms turned",
+        (SL, f"{SL}.norms.1"),
+        ("swapped layers", "swapped tensors", "duplicated", "wrong tensor"),
+    ),
 )
 
 
@@ -278,7 +288,9 @@ class Distil(nn.Module):
         s = self.slip
         y = x.transpose(1, 2)
         n = 1 if s == "padded by one" else 2
-        y = self.conv(F.pad(y, (n, n), mode="constant" if s == "zeros" else "replicate" if s == "replicate" else "circular"))
+        y = self.conv(
+            F.pad(y, (n, n), mode="constant" if s == "zeros" else "replicate" if s == "replicate" else "circular")
+        )
         if s == "norm after":
             y = self.bn(F.elu(y))
         elif s == "batch statistics":

@@ -283,7 +283,11 @@ class Llama(nn.Module):
 
 
 def llama_rows() -> dict[str, str]:
-    rows = {"embed.weight": "model.embed_tokens.weight", "norm.g": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+    rows = {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.g": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
     for i in range(2):
         a, b = f"layers.{i}.", f"model.layers.{i}."
         rows |= {f"{a}attn.w{n}.weight": f"{b}self_attn.{n}_proj.weight" for n in "qkvo"}
@@ -369,7 +373,9 @@ class NeoxLayer(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         s = self.slip
-        q, k, v = (torch.einsum("btd,hcjd->cbhtj", x, self.wqkv) + self.bqkv.permute(1, 0, 2)[:, None, :, None]).unbind(0)
+        q, k, v = (torch.einsum("btd,hcjd->cbhtj", x, self.wqkv) + self.bqkv.permute(1, 0, 2)[:, None, :, None]).unbind(
+            0
+        )
         if s == "q is k":
             q, k = k, q
         t = x.shape[1]
@@ -571,7 +577,12 @@ T5S = slips_of(
     ("key, value order", "cross k is v", (f"{DE}cross1", f"{DE}cross1.kv"), ("block order", "swapped tensors")),
     ("attention scale", "self scaled", (f"{DE}self1",), ("scale",)),
     ("attention scale", "cross scaled", (f"{DE}cross1",), ("scale",)),
-    ("relative buckets", "both ways", ("dec", f"{DE}self0.rel", f"{DE}self0"), ("position offset", "position", "buckets")),
+    (
+        "relative buckets",
+        "both ways",
+        ("dec", f"{DE}self0.rel", f"{DE}self0"),
+        ("position offset", "position", "buckets"),
+    ),
     ("relative buckets", "distance turned", ("dec", f"{DE}self0.rel"), ("position offset", "position", "transposed")),
     ("mask missing", "no causal", ("dec", f"{DE}self0"), ("mask",)),
     (
@@ -714,7 +725,12 @@ WHISPER = slips_of(
     ("activation", "relu", ("blocks.1",), ("activation",)),
     ("position offset", "one late", ("",), ("position offset",)),
     ("position offset", "from the end", ("",), ("position offset",)),
-    ("positions missing", "no positions", ("", "blocks.0.", "blocks.0"), ("missing bias", "position", "missing term", "position offset")),
+    (
+        "positions missing",
+        "no positions",
+        ("", "blocks.0.", "blocks.0"),
+        ("missing bias", "position", "missing term", "position offset"),
+    ),
     ("embedding scale", "embedding scaled", ("", "tok"), ("scale",)),
 )
 

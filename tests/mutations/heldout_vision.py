@@ -150,7 +150,12 @@ SWIN = slips_of(
     ),
     ("mask missing", "no mask", (SB,), ("mask",)),
     ("pre/post norm", "post norm", (SB,), ("pre/post norm",)),
-    ("flatten order", "merged in rows", ("", "merge_norm", "merge"), ("layout", "block order", "head order", "flatten order")),
+    (
+        "flatten order",
+        "merged in rows",
+        ("", "merge_norm", "merge"),
+        ("layout", "block order", "head order", "flatten order"),
+    ),
     ("norm missing", "merged without norm", ("", "merge"), ("pre/post norm", "missing norm")),
     ("pooling before norm", "mean before norm", ("", "last"), ("pooling", "pre/post norm")),
     ("pooling", "max", ("",), ("pooling",)),
@@ -335,11 +340,21 @@ DEIT = slips_of(
     ("eps", "eps", (f"{D1}.norm1",), ("eps",)),
     ("pre/post norm", "post norm", (D1,), ("pre/post norm",)),
     ("GELU variant", "quick gelu", ("", D1), ("gelu", "activation")),
-    ("flatten order", "grid turned", ("", "patch"), ("layout", "transposed", "flatten order", "position offset", "head order")),
+    (
+        "flatten order",
+        "grid turned",
+        ("", "patch"),
+        ("layout", "transposed", "flatten order", "position offset", "head order"),
+    ),
     ("flatten order", "pixels turned", ("", "patch"), ("layout", "transposed", "flatten order", "head order")),
     ("flatten order", "channels last", ("", "patch"), ("layout", "transposed", "flatten order", "head order")),
     ("tokens swapped", "tokens swapped", ("",), ("swapped tensors", "block order", "position offset")),
-    ("positions missing", "positions before the tokens", ("",), ("position offset", "position", "missing term", "missing bias")),
+    (
+        "positions missing",
+        "positions before the tokens",
+        ("",),
+        ("position offset", "position", "missing term", "missing bias"),
+    ),
     ("position offset", "positions one late", ("",), ("position offset",)),
     ("tokens at the end", "tokens last", ("",), ("position offset", "block order", "position")),
     ("causal mask too many", "causal", ("", f"{D1}.self_attn", D1), ("mask",)),
@@ -380,7 +395,9 @@ class ResBlock(nn.Module):
     def __init__(self, slip: str = "") -> None:
         super().__init__()
         self.slip = slip
-        self.attn = nn.MultiheadAttention(D, 8 if slip == "eight heads" else H, dropout=0.2 if slip == "dropout" else 0.0)
+        self.attn = nn.MultiheadAttention(
+            D, 8 if slip == "eight heads" else H, dropout=0.2 if slip == "dropout" else 0.0
+        )
         self.ln_1, self.ln_2 = nn.LayerNorm(D, eps=1e-6 if slip == "eps" else 1e-5), nn.LayerNorm(D)
         act: nn.Module = {"gelu": nn.GELU(), "silu": nn.SiLU(), "other number": Quick(1.7)}.get(slip, Quick())
         self.mlp = nn.Sequential()
@@ -440,7 +457,12 @@ CLIP = slips_of(
     ("GELU variant", "other number", (f"{CB}.mlp.act",), ("gelu", "activation", "scale", "constant")),
     ("dropout left on", "dropout", (f"{CB}.attn",), ("dropout",)),
     ("batch first", "batch first", (f"{CB}.attn", CB), ("layout", "batch first", "axis", "transposed")),
-    ("norm missing", "key not normed", (CB, f"{CB}.attn"), ("pre/post norm", "missing norm", "wrong input", "wrong tensor")),
+    (
+        "norm missing",
+        "key not normed",
+        (CB, f"{CB}.attn"),
+        ("pre/post norm", "missing norm", "wrong input", "wrong tensor"),
+    ),
     ("flatten order", "grid turned", ("", "conv1"), ("layout", "transposed", "flatten order", "position offset")),
     ("tokens at the end", "token last", ("",), ("position offset", "block order", "position")),
     ("position offset", "token first, positions turned", ("",), ("position offset", "position", "constant")),
@@ -547,9 +569,24 @@ SQUEEZE = slips_of(
     ("pooling padding", "padded pool", ("features.2",), ("pooling", "padding mode", "padding")),
     ("input scale", "pixel scale", ("", "stem"), ("scale", "input")),
     ("input scale", "pixel mean", ("", "stem"), ("scale", "input", "constant", "normalisation")),
-    ("channel order", "channels turned", ("", "stem"), ("block order", "input", "layout", "channel order", "head order")),
-    ("flatten order", "flattened channels last", ("", "classifier"), ("layout", "transposed", "flatten order", "head order")),
-    ("flatten order", "flattened columns first", ("", "classifier"), ("layout", "transposed", "flatten order", "head order")),
+    (
+        "channel order",
+        "channels turned",
+        ("", "stem"),
+        ("block order", "input", "layout", "channel order", "head order"),
+    ),
+    (
+        "flatten order",
+        "flattened channels last",
+        ("", "classifier"),
+        ("layout", "transposed", "flatten order", "head order"),
+    ),
+    (
+        "flatten order",
+        "flattened columns first",
+        ("", "classifier"),
+        ("layout", "transposed", "flatten order", "head order"),
+    ),
     ("softmax too many", "softmax at the end", ("",), ("activation", "softmax")),
 )
 
@@ -571,7 +608,9 @@ class Neck(nn.Module):
     def __init__(self, a: int, c: int, out: int, stride: int, slip: str = "") -> None:
         super().__init__()
         self.stride, self.slip = stride, slip
-        self.w1, self.w2, self.w3 = (nn.Parameter(torch.randn(*s)) for s in ((c, a, 1, 1), (c, c, 3, 3), (out, c, 1, 1)))
+        self.w1, self.w2, self.w3 = (
+            nn.Parameter(torch.randn(*s)) for s in ((c, a, 1, 1), (c, c, 3, 3), (out, c, 1, 1))
+        )
         widths = [c, c, out]
         if stride > 1:
             self.w0 = nn.Parameter(torch.randn(out, a, 1, 1))
@@ -633,7 +672,12 @@ STATS = ("statistics", "normalisation", "mean", "variance")
 NECKS = slips_of(
     "bottlenecks",
     ("batch statistics", "batch statistics", (CB,), STATS),
-    ("statistics of another norm", "statistics of another", (CB,), (*STATS, "swapped tensors", "duplicated", "swapped layers", "wrong tensor")),
+    (
+        "statistics of another norm",
+        "statistics of another",
+        (CB,),
+        (*STATS, "swapped tensors", "duplicated", "swapped layers", "wrong tensor"),
+    ),
     ("blended statistics", "blended statistics", (CB,), STATS),
     ("statistics of another norm", "deviation for variance", (CB,), (*STATS, "eps")),
     ("statistics missing", "mean missing", (CB,), (*STATS, "offset", "missing bias", "constant")),
