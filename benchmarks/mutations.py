@@ -1,7 +1,7 @@
 """How the proof is tested: defects put into correct grafts, and correct grafts on which no pass may fail.
 
-python benchmarks/mutations.py                      # everything; some 20 minutes on two quiet cores
-python benchmarks/mutations.py --sample 60          # some of the defects, of every kind
+python benchmarks/mutations.py                      # everything; some 40 minutes on two quiet cores
+python benchmarks/mutations.py --sample 60          # some of the defects of each set, of every kind
 python benchmarks/mutations.py --no-correct         # the defects alone
 python benchmarks/mutations.py --no-defects         # the correct grafts alone
 
@@ -40,9 +40,10 @@ def share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({100 * part / max(1, whole):.1f}%)"
 
 
-def defects(only: str, sample: int, seed: int, verbose: bool) -> None:
+def defects(only: str, sample: int, seed: int, verbose: bool, second: bool) -> None:
     outcomes: list[suite.Outcome] = []
-    for defect in suite.chosen(only, sample, seed):
+    print("\n## the second set" if second else "## the set that the search was mended on")
+    for defect in suite.chosen(only, sample, seed, second=second):
         try:
             outcomes.append(suite.judged_of(defect))
         except (surgery.SurgeryError, RuntimeError) as error:
@@ -139,7 +140,8 @@ def main() -> None:
     given = parser.parse_args()
     started = time.perf_counter()
     if not given.no_defects:
-        defects(given.only, given.sample, given.seed, given.verbose)
+        for second in (False, True):
+            defects(given.only, given.sample, given.seed, given.verbose, second)
     if not given.no_correct:
         correct(given.only)
     print(f"{time.perf_counter() - started:.0f} s")

@@ -1,7 +1,7 @@
 """Casts to a type of fewer digits inside a program: the float64 proof lifts them, what runs in float32 pays for them.
 
-A cast is found by running the target as it is, in float32, and is told by its module and line. What it costs, and whether
-it is why a pass fails, is measured: the same run with the cast left out.
+A cast is found by running the target as it is, in float32, and is told by its module and line. What it costs, and
+whether it is why a pass fails, is measured: by the same run with the cast left out.
 """
 
 from __future__ import annotations

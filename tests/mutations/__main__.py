@@ -14,10 +14,11 @@ def main() -> None:
     parser.add_argument("only", nargs="?", default="")
     parser.add_argument("--sample", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--second", action="store_true", help="the second set in place of the first")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     outcomes = []
-    for defect in suite.chosen(given.only, given.sample, given.seed):
+    for defect in suite.chosen(given.only, given.sample, given.seed, second=given.second):
         outcome = suite.judged_of(defect)
         outcomes.append(outcome)
         print(outcome, flush=True)

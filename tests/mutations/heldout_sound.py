@@ -1,5 +1,5 @@
-"""The second set's audio and time-series models: wav2vec 2.0 whole, a GRU by hand, a stacked LSTM both ways of torch's own
-modules, Informer's distilling layers. And what is done by hand to the weights of the whole second set."""
+"""The second set's audio and time-series models: wav2vec 2.0 whole, a GRU by hand, an LSTM both ways of torch's own
+modules, Informer's distilling layers."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ WAV2VEC = slips_of(
     ("activation missing", "position without gelu", ("",), ("activation", "gelu")),
     ("residual missing", "positions replace", ("",), ("missing residual",)),
     ("pre/post norm", "positions after norm", ("", "ln"), ("pre/post norm",)),
-    ("norm missing", "no encoder norm", ("", f"layers.0.", "layers.0"), ("pre/post norm", "missing norm")),
+    ("norm missing", "no encoder norm", ("", "layers.0.", "layers.0"), ("pre/post norm", "missing norm")),
     ("eps", "eps", (f"{SL}.norms.1",), ("eps",)),
     ("activation", "relu", (f"{SL}.ff.1",), ("activation",)),
     ("interleaved by head", "blocks for heads", (SL,), ("block order", "head order")),

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.mutations import heldout_sound, heldout_text, heldout_vision
+from tests.mutations import heldout_convolutions, heldout_sequences, heldout_sound, heldout_text, heldout_vision
 from tests.mutations.defects import Damage, Slip, Values
 
-HELDOUT = {f.name: f for part in (heldout_text, heldout_vision, heldout_sound) for f in part.FAMILIES}
+PARTS = (heldout_text, heldout_sequences, heldout_vision, heldout_convolutions, heldout_sound)
+HELDOUT = {f.name: f for part in PARTS for f in part.FAMILIES}
 
 
 def slips() -> list[Slip]:
-    return [*heldout_text.SLIPS, *heldout_vision.SLIPS, *heldout_sound.SLIPS]
+    return [s for part in PARTS for s in part.SLIPS]
 
 
 Edit = Callable[[Tensor], Tensor]
@@ -62,37 +63,177 @@ EDITS: list[tuple[str, str, str, Edit, tuple[str, ...], tuple[str, ...]]] = [
     ("llama", "gain minus one", "norm.g", lambda v: v - 1, ("norm",), ("offset",)),
     ("llama", "rounded", "layers.1.mlp.w2.weight", lambda v: v.half().to(v.dtype), ("layers.1.mlp.w2",), ("rounding",)),
     ("llama", "noise of training", "layers.0.mlp.w2.weight", _noise, ("layers.0.mlp.w2",), ("wrong values",)),
-    ("neox", "query, key, value turned", "net.1.wqkv", lambda v: v[:, [1, 0, 2]], ("net.1",), (*ORDER, "swapped query and key")),
+    (
+        "neox",
+        "query, key, value turned",
+        "net.1.wqkv",
+        lambda v: v[:, [1, 0, 2]],
+        ("net.1",),
+        (*ORDER, "swapped query and key"),
+    ),
     ("neox", "heads turned", "net.2.wo", lambda v: v.roll(1, 0), ("net.2",), (*ORDER, "shifted")),
-    ("neox", "bias of a head missing", "net.2.bqkv", lambda v: torch.cat([v[:3], 0 * v[3:]]), ("net.2",), ("zeroed", "missing bias")),
+    (
+        "neox",
+        "bias of a head missing",
+        "net.2.bqkv",
+        lambda v: torch.cat([v[:3], 0 * v[3:]]),
+        ("net.2",),
+        ("zeroed", "missing bias"),
+    ),
     ("t5", "key and value turned", "dec.mods.self0.kv.weight", _rows(2, [1, 0]), ("dec.mods.self0.kv",), ORDER),
-    ("t5", "table shifted", "dec.mods.self0.rel.weight", lambda v: v.roll(1, 0), ("dec.mods.self0.rel",), ("shifted", "position offset")),
+    (
+        "t5",
+        "table shifted",
+        "dec.mods.self0.rel.weight",
+        lambda v: v.roll(1, 0),
+        ("dec.mods.self0.rel",),
+        ("shifted", "position offset"),
+    ),
     ("t5", "column zeroed", "dec.mods.wo1.weight", _column, ("dec.mods.wo1",), ("zeroed", "wrong values", "one row")),
     ("whisper decoder", "transposed square", "blocks.1.them.w_v", lambda v: v.T, ("blocks.1.them",), ("transposed",)),
-    ("whisper decoder", "bias zeroed", "blocks.0.me.b_v", torch.zeros_like, ("blocks.0.me",), ("zeroed", "missing bias")),
+    (
+        "whisper decoder",
+        "bias zeroed",
+        "blocks.0.me.b_v",
+        torch.zeros_like,
+        ("blocks.0.me",),
+        ("zeroed", "missing bias"),
+    ),
     ("whisper decoder", "rows shifted", "pos", lambda v: v.roll(-1, 0), ("",), ("shifted", "position offset")),
-    ("bart", "query, key, value turned", "enc.1.self_attn.in_proj_weight", _rows(3, [1, 0, 2]), ("enc.1.self_attn",), (*ORDER, "swapped query and key")),
-    ("bart", "transposed square", "enc.0.self_attn.out_proj.weight", lambda v: v.T, ("enc.0.self_attn.out_proj", "enc.0.self_attn"), ("transposed",)),
+    (
+        "bart",
+        "query, key, value turned",
+        "enc.1.self_attn.in_proj_weight",
+        _rows(3, [1, 0, 2]),
+        ("enc.1.self_attn",),
+        (*ORDER, "swapped query and key"),
+    ),
+    (
+        "bart",
+        "transposed square",
+        "enc.0.self_attn.out_proj.weight",
+        lambda v: v.T,
+        ("enc.0.self_attn.out_proj", "enc.0.self_attn"),
+        ("transposed",),
+    ),
     ("bart", "sign", "enc.1.linear2.weight", lambda v: -v, ("enc.1.linear2",), ("sign",)),
     ("swin", "query, key, value turned", "one.0.to_qkv.weight", _rows(3, [2, 1, 0]), ("one.0.to_qkv",), ORDER),
-    ("swin", "table transposed", "one.1.table", lambda v: v.transpose(0, 1), ("one.1",), ("transposed", "position offset")),
-    ("swin", "merged parts turned", "merge.weight", lambda v: v[:, torch.arange(64).view(4, 16)[[0, 2, 1, 3]].flatten()], ("merge",), ("block order", "head order", "shifted")),
-    ("convnext", "kernel turned", "rest.1.dw_w", lambda v: v.flip(-1, -2), ("rest.1",), ("transposed", "flipped", "block order", "wrong values")),
+    (
+        "swin",
+        "table transposed",
+        "one.1.table",
+        lambda v: v.transpose(0, 1),
+        ("one.1",),
+        ("transposed", "position offset"),
+    ),
+    (
+        "swin",
+        "merged parts turned",
+        "merge.weight",
+        lambda v: v[:, torch.arange(64).view(4, 16)[[0, 2, 1, 3]].flatten()],
+        ("merge",),
+        ("block order", "head order", "shifted"),
+    ),
+    (
+        "convnext",
+        "kernel turned",
+        "rest.1.dw_w",
+        lambda v: v.flip(-1, -2),
+        ("rest.1",),
+        ("transposed", "flipped", "block order", "wrong values"),
+    ),
     ("convnext", "kernel transposed", "rest.1.dw_w", lambda v: v.mT, ("rest.1",), ("transposed",)),
-    ("convnext", "gain of ones", "first.gamma", torch.ones_like, ("first",), ("wrong values", "duplicated", "missing gain", "constant", "scaled")),
-    ("deit", "patch in another layout", "patch.weight", lambda v: v.view(-1, 3, 16).transpose(1, 2).reshape(v.shape), ("patch",), ("transposed", "layout", "block order", "head order")),
+    (
+        "convnext",
+        "gain of ones",
+        "first.gamma",
+        torch.ones_like,
+        ("first",),
+        ("wrong values", "duplicated", "missing gain", "constant", "scaled"),
+    ),
+    (
+        "deit",
+        "patch in another layout",
+        "patch.weight",
+        lambda v: v.view(-1, 3, 16).transpose(1, 2).reshape(v.shape),
+        ("patch",),
+        ("transposed", "layout", "block order", "head order"),
+    ),
     ("deit", "rows shifted", "pos", lambda v: v.roll(1, 0), ("",), ("shifted", "position offset")),
-    ("clip image", "query, key, value turned", "blocks.0.attn.in_proj_weight", _rows(3, [1, 2, 0]), ("blocks.0.attn",), ORDER),
-    ("clip image", "bias of values missing", "blocks.1.attn.in_proj_bias", lambda v: torch.cat([v[:64], 0 * v[64:]]), ("blocks.1.attn",), ("zeroed", "missing bias")),
+    (
+        "clip image",
+        "query, key, value turned",
+        "blocks.0.attn.in_proj_weight",
+        _rows(3, [1, 2, 0]),
+        ("blocks.0.attn",),
+        ORDER,
+    ),
+    (
+        "clip image",
+        "bias of values missing",
+        "blocks.1.attn.in_proj_bias",
+        lambda v: torch.cat([v[:64], 0 * v[64:]]),
+        ("blocks.1.attn",),
+        ("zeroed", "missing bias"),
+    ),
     ("clip image", "token zeroed", "token", torch.zeros_like, ("",), ("zeroed", "missing bias")),
-    ("squeezenet", "channels turned", "stem.weight", lambda v: v.flip(1), ("stem",), ("flipped", "block order", "channel order", "head order", "wrong values")),
-    ("squeezenet", "flatten order", "classifier.weight", lambda v: v.view(7, 20, 16).transpose(1, 2).reshape(7, 320), ("classifier",), ("transposed", "layout", "block order", "head order")),
-    ("bottlenecks", "variance as deviation", "blocks.1.var2", torch.sqrt, ("blocks.1",), ("wrong values", "statistics", "variance")),
-    ("bottlenecks", "statistics missing", "blocks.0.mean1", torch.zeros_like, ("blocks.0",), ("zeroed", "statistics", "mean")),
-    ("wav2vec2", "gain of weight norm", "pos.parametrizations.weight.original0", lambda v: v * 1.01, ("pos",), ("scaled",)),
-    ("wav2vec2", "kernel turned", "pos.parametrizations.weight.original1", lambda v: v.flip(-1), ("pos",), ("flipped", "block order", "transposed", "wrong values", "shifted")),
+    (
+        "squeezenet",
+        "channels turned",
+        "stem.weight",
+        lambda v: v.flip(1),
+        ("stem",),
+        ("flipped", "block order", "channel order", "head order", "wrong values"),
+    ),
+    (
+        "squeezenet",
+        "flatten order",
+        "classifier.weight",
+        lambda v: v.view(7, 20, 16).transpose(1, 2).reshape(7, 320),
+        ("classifier",),
+        ("transposed", "layout", "block order", "head order"),
+    ),
+    (
+        "bottlenecks",
+        "variance as deviation",
+        "blocks.1.var2",
+        torch.sqrt,
+        ("blocks.1",),
+        ("wrong values", "statistics", "variance"),
+    ),
+    (
+        "bottlenecks",
+        "statistics missing",
+        "blocks.0.mean1",
+        torch.zeros_like,
+        ("blocks.0",),
+        ("zeroed", "statistics", "mean"),
+    ),
+    (
+        "wav2vec2",
+        "gain of weight norm",
+        "pos.parametrizations.weight.original0",
+        lambda v: v * 1.01,
+        ("pos",),
+        ("scaled",),
+    ),
+    (
+        "wav2vec2",
+        "kernel turned",
+        "pos.parametrizations.weight.original1",
+        lambda v: v.flip(-1),
+        ("pos",),
+        ("flipped", "block order", "transposed", "wrong values", "shifted"),
+    ),
     ("wav2vec2", "bias of weight norm", "pos.bias", torch.zeros_like, ("pos",), ("zeroed", "missing bias")),
-    ("wav2vec2", "by block for by head", "layers.0.in_w", lambda v: v.view(4, 3, 8, 32).transpose(0, 1).reshape(96, 32), ("layers.0",), ORDER),
+    (
+        "wav2vec2",
+        "by block for by head",
+        "layers.0.in_w",
+        lambda v: v.view(4, 3, 8, 32).transpose(0, 1).reshape(96, 32),
+        ("layers.0",),
+        ORDER,
+    ),
     ("gru", "gates turned", "wh.1", _rows(3, [1, 0, 2]), ("wh", ""), ORDER),
     ("gru", "gates turned", "bx.0", _rows(3, [0, 2, 1]), ("bx", ""), ORDER),
     ("gru", "transposed square", "wh.0", lambda v: torch.cat([c.T for c in v.chunk(3)]), ("wh", ""), ("transposed",)),
@@ -101,9 +242,23 @@ EDITS: list[tuple[str, str, str, Edit, tuple[str, ...], tuple[str, ...]]] = [
     ("lstm both ways", "gates turned", "back.weight_ih_l0", _rows(4, [1, 0, 2, 3]), ("back",), ORDER),
     ("lstm both ways", "bias zeroed", "back.bias_hh_l0", torch.zeros_like, ("back",), ("zeroed", "missing bias")),
     ("lstm both ways", "state scaled", "fore.weight_hh_l0", lambda v: v * 1.001, ("fore",), ("scaled",)),
-    ("informer", "kernel turned", "stack.1.conv.weight", lambda v: v.flip(-1), ("stack.1.conv",), ("flipped", "block order", "transposed", "wrong values", "shifted")),
-    ("informer", "statistics scaled", "stack.0.bn.running_var", lambda v: v * 1.01, ("stack.0.bn",), ("scaled", "statistics", "variance")),
-]  # fmt: skip
+    (
+        "informer",
+        "kernel turned",
+        "stack.1.conv.weight",
+        lambda v: v.flip(-1),
+        ("stack.1.conv",),
+        ("flipped", "block order", "transposed", "wrong values", "shifted"),
+    ),
+    (
+        "informer",
+        "statistics scaled",
+        "stack.0.bn.running_var",
+        lambda v: v * 1.01,
+        ("stack.0.bn",),
+        ("scaled", "statistics", "variance"),
+    ),
+]
 
 
 def damages(family: str, values: Values) -> list[Damage]:

@@ -15,6 +15,7 @@ from surgery import running, surface
 from surgery.expr import Name
 from surgery.judge import Judge
 from surgery.plan import Dropped, Stamp, Status
+from tests.mutations import heldout_weights
 from tests.mutations.defects import Damage, Slip, damages, slips
 from tests.mutations.families import FAMILIES, Right, right
 
@@ -59,14 +60,18 @@ class Outcome:
 
 def all_defects(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Defect]:
     """Every slip and every damage of these families."""
-    yield from (s for s in slips() if s.family in families)
+    families = list(families)
+    yield from (s for s in (*slips(), *heldout_weights.slips()) if s.family in families)
     for name in families:
-        yield from damages(name, right_values(right(name)))
+        made = heldout_weights.damages if name in heldout_weights.HELDOUT else damages
+        yield from made(name, right_values(right(name)))
 
 
-def chosen(only: str = "", sample: int = 0, seed: int = 0) -> list[Defect]:
-    """Those whose name holds `only`; of them `sample` (0: all), drawn so that kinds come before repetitions of one."""
-    families = [f for f in FAMILIES if not only or f.startswith(only.split(" /")[0])] or list(FAMILIES)
+def chosen(only: str = "", sample: int = 0, seed: int = 0, *, second: bool = False) -> list[Defect]:
+    """Those whose name holds `only`; of them `sample` (0: all), drawn so that kinds come before repetitions of one.
+    `second`: of the second set, else of the first."""
+    whole = heldout_weights.HELDOUT if second else FAMILIES
+    families = [f for f in whole if not only or f.startswith(only.split(" /")[0])] or list(whole)
     found = [d for d in all_defects(families) if only in d.name]
     if not sample:
         return found
