@@ -147,6 +147,10 @@ def _missing(place: Place, chain: list[Node]) -> tuple[str, str]:
         return "scale", "the source scales this value first"
     if op_name(node) in ("gelu", "relu", "silu", "tanh", "sigmoid", "clamp"):
         return "activation", f"the source applies {op_name(node)} first"
+    free = [v for v in node.inputs if not other.tape.values[v].data and not other.tape.values[v].weights]
+    follows = [op_name(other.tape.nodes[n]) for n in other.after([o for o in node.outs if o >= 0], 4)]
+    if op_name(node) in ("add", "masked_fill", "where") and free and any(n in SOFTMAX for n in follows):
+        return "mask", "the source masks its attention here: the mask is missing"
     return f"missing {op_name(node)}", f"the source applies {op_name(node)} to this value first"
 
 
