@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 _IMAGE, _PATCH, _CHANNELS, _WINDOW = "image", "patch", "channels", "window"
-_IMAGE_WORDS = ("img_size", "image_size", "resolution", "input_size", "input_resolution", "side")
+_IMAGE_WORDS = ("img_size", "image_size", "image", "img", "resolution", "input_size", "input_resolution", "side")
 _PATCH_WORDS = ("patch_size", "patch", "kernel_size")
 _WINDOW_WORDS = ("window_size", "window")
 

@@ -318,7 +318,8 @@ def _literal(text: str) -> Any:
 
 
 def example_of(target: Target, asked: str | None) -> Any:
-    """What example() of the file gives, or "FILE:FUNC" if that was asked for; None where there is no example."""
+    """What example() of the file gives, or else a method of that name that the class has; or "FILE:FUNC" if that was
+    asked for. None where there is no example."""
     file, namespace, name = target.file, target.namespace, "example"
     if asked is not None:
         path, colon, function = asked.rpartition(":")
@@ -329,6 +330,9 @@ def example_of(target: Target, asked: str | None) -> Any:
         name = function
     found = getattr(namespace, name, None)
     if found is None:
+        if asked is None and callable(getattr(type(target.model), name, None)):
+            with at_home(file), said(f"{target.name}.{name}() raised", file):
+                return checked_example(getattr(target.model, name)(), f"{file}: {target.name}.{name}()")
         if asked is None:
             return None
         functions = [key for key, value in vars(namespace).items() if isinstance(value, FunctionType)]

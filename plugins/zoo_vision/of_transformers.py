@@ -69,10 +69,13 @@ def probe(family: Family, part: str, checkpoint: Checkpoint, config: Mapping[str
             + (" or ".join(family.bodies) or "not known here"),
             kind="weights",
         )
-    sizes = SIZES if kind in _ANY_SIZE else (int(known.image_size),)
-    pixels = pixel_inputs(sizes, int(known.num_channels))
+    image = known.image_size if kind not in _ANY_SIZE else SIZES[1]
+    height, width = map(int, image if isinstance(image, (list, tuple)) else (image, image))
+    pixels = pixel_inputs(
+        SIZES if kind in _ANY_SIZE else (height,), int(known.num_channels), width if width != height else 0
+    )
     if part == "head":
-        return _head(known, kind, family.bodies[kind], sizes, checkpoint)
+        return _head(known, kind, family.bodies[kind], (height, width), checkpoint)
     body = family.bodies[kind]
     prefix = f"{body}." if any(name.startswith(f"{body}.") for name in checkpoint) else ""
     model = zoo.unfilled(lambda: made(known, kind, checkpoint if part == "whole" else None))
@@ -120,7 +123,7 @@ _POOLED: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _head(
-    known: PretrainedConfig, kind: str, body: str, sizes: tuple[int, ...], checkpoint: Checkpoint
+    known: PretrainedConfig, kind: str, body: str, image: tuple[int, int], checkpoint: Checkpoint
 ) -> zoo.PartProbe:
     """From the last hidden state to logits."""
 
@@ -134,8 +137,7 @@ def _head(
     model = zoo.unfilled(build)
     filled(model, checkpoint)
     with torch.device("meta"):
-        side = sizes[len(sizes) // 2]
-        shape = made(known, kind, None)(torch.empty(1, known.num_channels, side, side)).last_hidden_state.shape[1:]
+        shape = made(known, kind, None)(torch.empty(1, known.num_channels, *image)).last_hidden_state.shape[1:]
     return zoo.PartProbe(
         model, lambda m, x: (m(x["hidden_states"]).logits,), hidden_inputs(shape), ("plain", "shortest"), ("logits",)
     )

@@ -89,19 +89,20 @@ def first_tokens(probe: zoo.PartProbe, names: Sequence[str]) -> zoo.PartProbe:
     return replace(probe, narrower=tuple(less(count) for count in sorted({len(names), 1}, reverse=True) if names))
 
 
-def pixel_inputs(sizes: tuple[int, ...], channels: int) -> Inputs:
+def pixel_inputs(sizes: tuple[int, ...], channels: int, width: int = 0) -> Inputs:
     """Images [B, C, H, W] of normally distributed values, as normalised ones are.
 
-    One size: that is the only one there is, and the batch differs. Else the sizes are (least, plain, longest): least is
-    odd where it may be, and longest is wider than high, so that padding on one side shows.
+    One size: that is the only one there is (with a `width` of its own, where it is no square), and the batch differs.
+    Else the sizes are (least, plain, longest): least is odd where it may be, and longest is wider than high, so that
+    padding on one side shows.
     """
 
     def inputs(seed: int, variant: str) -> dict[str, Tensor]:
         least, plain, longest = sizes if len(sizes) == 3 else (sizes[0],) * 3
-        wide = longest if len(sizes) == 1 else longest + least
+        wide = width or longest if len(sizes) == 1 else longest + least
         shapes = {
-            "plain": (BATCH, channels, plain, plain),
-            "shortest": (1, channels, least, least),
+            "plain": (BATCH, channels, plain, width or plain),
+            "shortest": (1, channels, least, width or least),
             "longest": (1 if len(sizes) == 3 else BATCH + 1, channels, longest, wide),
         }
         if variant not in shapes:
