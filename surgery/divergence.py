@@ -151,11 +151,19 @@ def _cause(place: Place, stores: wrong_weights.Stores) -> Found | None:
     module = place.node.module
     for found in all_of():
         left = place.left(found.edit)
+        if left and found.cause.startswith("missing ") and _consumes(place, left[0]):
+            continue  # what it makes occurs in the reference, by chance: what takes it does not
         if not left or place.pair.ours.tape.nodes[left[0]].module != module:
             return found
         if found.cause != "scale" and not found.cause.startswith("extra"):  # what is left out may stand elsewhere
             partial = partial or found
     return partial
+
+
+def _consumes(place: Place, node: int) -> bool:
+    """Does this node take what our first node gives, in whatever layout?"""
+    run = place.pair.ours
+    return any(place.pair.origin(v) in run.tape.nodes[place.first].outs for v in run.data_inputs(node))
 
 
 def _heads(judge: Judge, place: Place, at: int) -> Found | None:

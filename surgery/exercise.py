@@ -8,13 +8,15 @@ a gap in the inputs.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from surgery import segments, twin
@@ -36,6 +38,29 @@ _NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused
 
 class NotFaithful(Exception):
     """A replay does not come to the recorded values."""
+
+
+def unused_masks(inputs: Sequence[tuple[str, Any]], target: nn.Module, called: bool) -> list[str]:
+    """Masks that hide nothing on any input: what the target does with them was not seen."""
+    found: dict[str, list[Tensor]] = {}
+    parameters: list[str] = []
+    if called:
+        parameters = [p for p in inspect.signature(target.forward).parameters if p != "self"]
+    for _, x in inputs:
+        items: list[tuple[str, Any]] = []
+        if isinstance(x, Mapping):
+            items = list(x.items())
+        elif isinstance(x, (tuple, list)):
+            # Positional arguments are the first of forward's; what is left over goes into *args.
+            items = list(zip(parameters[: len(x)], x[: len(parameters)], strict=True)) if called else []
+        elif called and parameters:
+            items = [(parameters[0], x)]
+        for name, t in items:
+            if isinstance(t, Tensor) and "mask" in str(name).lower() and t.numel():
+                found.setdefault(str(name), []).append(t)
+    idle = [n for n, ts in found.items() if all(bool((t == t.flatten()[0]).all()) for t in ts)]
+    idle += [p for p in parameters if "mask" in p.lower() and p not in found]
+    return [f"{name}: mask not exercised: it hides nothing on any proof input" for name in idle]
 
 
 def backward_slice(tape: Tape, vids: Iterable[int]) -> list[int]:

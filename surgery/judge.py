@@ -9,7 +9,6 @@ them.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from surgery import twin as twin_of
 from surgery.checkpoint import Checkpoint
 from surgery.divergence import diverge
 from surgery.errors import GraftError
-from surgery.exercise import Exercise, NotFaithful
+from surgery.exercise import Exercise, NotFaithful, unused_masks
 from surgery.expr import kind, names
 from surgery.link import held, link
 from surgery.mapper.record import NEAR, Fingerprint, NotRecordable, Tape, fingerprint, record, same
@@ -558,29 +557,6 @@ def output_names(probe: Probe, count: int) -> tuple[str, ...]:
     given = probe.outputs[:count]
     rest = ["output"] if count == 1 else [f"output {i}" for i in range(count)]
     return (*given, *rest[len(given) :])
-
-
-def unused_masks(inputs: Sequence[tuple[str, Any]], target: nn.Module, called: bool) -> list[str]:
-    """Masks that hide nothing on any input: what the target does with them was not seen."""
-    found: dict[str, list[Tensor]] = {}
-    parameters: list[str] = []
-    if called:
-        parameters = [p for p in inspect.signature(target.forward).parameters if p != "self"]
-    for _, x in inputs:
-        items: list[tuple[str, Any]] = []
-        if isinstance(x, Mapping):
-            items = list(x.items())
-        elif isinstance(x, (tuple, list)):
-            # Positional arguments are the first of forward's; what is left over goes into *args.
-            items = list(zip(parameters[: len(x)], x[: len(parameters)], strict=True)) if called else []
-        elif called and parameters:
-            items = [(parameters[0], x)]
-        for name, t in items:
-            if isinstance(t, Tensor) and "mask" in str(name).lower() and t.numel():
-                found.setdefault(str(name), []).append(t)
-    idle = [n for n, ts in found.items() if all(bool((t == t.flatten()[0]).all()) for t in ts)]
-    idle += [p for p in parameters if "mask" in p.lower() and p not in found]
-    return [f"{name}: mask not exercised: it hides nothing on any proof input" for name in idle]
 
 
 def _floats(t: Tensor) -> Tensor:
