@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from surgery import rules as rules_of
 from surgery.checkpoint import Checkpoint
+from surgery.derivation import Derivation, brought_back, derivation, set_aside
 from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError
 from surgery.expr import Name, evaluate, kind, names, substituted
 from surgery.plan import STALE, Plan
-from surgery.rules import Derivation, Reshape, Rule, RuleError
+from surgery.rules import Reshape, Rule, RuleError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +52,7 @@ class Prepared:
             from surgery.lora import joined
 
             base = joined(base, given)
-        made = rules_of.derivation(base, given)
+        made = derivation(base, given)
         reshapes = [rule for rule in given if isinstance(rule, Reshape)]
         if not made.changes and not reshapes:
             return cls(base, base, probe, given, None)
@@ -59,7 +60,7 @@ class Prepared:
         if probe is not None and adapted:
             probe = replace(probe, reference=with_adapters(probe.reference, base, given))
         if probe is not None and made.selected:
-            before = derive(base, rules_of.derivation(base, [r for r in given if not _selects(r)]).rows)
+            before = derive(base, derivation(base, [r for r in given if not _selects(r)]).rows)
             module = probe.reference
             for stack, keep in made.selected:
                 module = without_blocks(module, before, stack, keep)
@@ -79,12 +80,12 @@ class Prepared:
         if self.made is not None:
             plan = composed(plan, self.base, self.made.rows, self.made.why)
             plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *self.made.notes))))
-        plan = rules_of.set_aside(plan, self.rules, self.base, target)
+        plan = set_aside(plan, self.rules, self.base, target)
         return _ruled(plan, self.said)
 
     def inward(self, plan: Plan) -> Plan:
         """A plan over the source, as it is mapped and proven: with what rules set aside in its place."""
-        plan = rules_of.brought_back(plan)
+        plan = brought_back(plan)
         return _ruled(plan if self.made is None else decomposed(plan, self.base, self.source, self.made.rows), ())
 
     def proof(self, proof: Proof, plan: Plan) -> Proof:
@@ -184,7 +185,7 @@ def with_adapters(reference: nn.Module, base: Checkpoint, rules: Sequence[Rule])
     from surgery.link import link
     from surgery.running import own_tensors
 
-    rows = rules_of.derivation(base, [rule for rule in rules if isinstance(rule, rules_of.MergeLora)]).rows
+    rows = derivation(base, [rule for rule in rules if isinstance(rule, rules_of.MergeLora)]).rows
     changed = {name for name, expr in rows.items() if expr != Name(name)}
     before = base.view(list(rows))
     links = {live: expr for live, expr in link(reference, before).items() if changed.intersection(names(expr))}

@@ -121,8 +121,8 @@ def changes(
 
 def _forced(source: Source, sizes: Sizes, rules: Sequence[Rule]) -> dict[str, Value]:
     """The vocabulary that a person's rules make."""
+    from surgery.derivation import derivation
     from surgery.derived import derive
-    from surgery.rules import derivation
 
     own = sizes.values.get(VOCABULARY)
     theirs = remade(source, rules)
@@ -256,8 +256,9 @@ def _sizes(source: Source) -> Sizes | None:
 
 
 def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Sequence[Rule]) -> Change:
+    from surgery.derivation import derivation
     from surgery.derived import derive
-    from surgery.rules import Derive, Without, derivation
+    from surgery.rules import Derive, Without
 
     resized = sizes.resized({**sizes.values, **after})
     theirs = remade(source, own)
@@ -275,8 +276,8 @@ def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Seque
 
 def derived(source: Source, rules: Sequence[Rule]) -> Source:
     """The source as a person's rules make its tensors; itself where they make none."""
+    from surgery.derivation import derivation
     from surgery.derived import derive
-    from surgery.rules import derivation
 
     if not making(rules):
         return source
@@ -293,8 +294,8 @@ def making(rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 def remade(source: Source, rules: Sequence[Rule]) -> dict[str, Any]:
     """{tensor: expression} of what these rules make."""
+    from surgery.derivation import derivation
     from surgery.expr import Name
-    from surgery.rules import derivation
 
     rows = derivation(source.checkpoint, making(rules)).rows
     return {name: expr for name, expr in rows.items() if expr != Name(name)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import rules
+from surgery.derivation import derivation
 from surgery.lora import joined
 from tests import pairs
 from tests.surgery.test_convert import bare_bert
@@ -138,7 +139,7 @@ def merged_state(state: Mapping[str, Tensor], *given: rules.Rule) -> dict[str, T
     from surgery.derived import derive
 
     source = joined(surgery.open(state), given)
-    made = derive(source, rules.derivation(source, given).rows)
+    made = derive(source, derivation(source, given).rows)
     return {name: made.read(name) for name in made}
 
 

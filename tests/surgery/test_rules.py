@@ -11,6 +11,7 @@ from torch import nn
 
 import surgery
 from surgery import rules
+from surgery.derivation import derivation
 from surgery.plan import Status
 from tests import pairs
 
@@ -108,7 +109,7 @@ def test_a_block_that_holds_what_the_others_do_not_must_be_kept() -> None:
     config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=3, num_heads=4)
     state = T5EncoderModel(config).state_dict()
     with pytest.raises(surgery.SurgeryError, match="which the others do not have") as caught:
-        rules.derivation(surgery.open(state), [rules.select_layers([1, 2])])  # type: ignore[list-item]
+        derivation(surgery.open(state), [rules.select_layers([1, 2])])  # type: ignore[list-item]
     assert "Keep block 0" in caught.value.hint
 
 
