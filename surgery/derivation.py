@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from surgery import ops
+from surgery.beside import prefixes
 from surgery.expr import Call, Expr, Name, names, parse, substituted
-from surgery.rules import Derive, Drop, Init, MergeLora, Resize, Rule, RuleError, SelectLayers, Without
+from surgery.rules import Derive, Drop, Init, MergeLora, Resize, Rule, RuleError, SelectLayers, Transplant, Without
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ class Derivation:
 def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
     """What the rules make of the source, in the order in which they stand, adapters first: they speak of the source as
     it is. RuleError where one does not fit."""
-    beside = tuple(f"{rule.name}:" for rule in rules if isinstance(rule, MergeLora))
+    beside = prefixes(rules)
     rows: dict[str, Expr] = {name: Name(name) for name in source if not name.startswith(beside)}
     why: dict[str, str] = {}
     selected: list[tuple[str, tuple[int, ...]]] = []
@@ -60,6 +61,15 @@ def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
             rows, gone, note = lora.merge(rule, rows, source)
             why.update(gone)
             notes.append(note)
+        elif isinstance(rule, Transplant):
+            from surgery import donor
+
+            if any(isinstance(other, Transplant) and other is not rule for other in rules):
+                raise RuleError(f"{rule}: two rules give the source another vocabulary", hint="Leave one of them.")
+            made = donor.transplanted(rule, rows, source)
+            rows = {**rows, **made.rows}
+            why.update(made.why)
+            notes.append(made.said)
         elif isinstance(rule, SelectLayers):
             stack, count = _stack(rule, rows)
             rows, gone = _selected(rule, stack, count, rows)

@@ -103,9 +103,10 @@ def _unused(row: Row) -> str:
 def _adapters(plan: Plan, source: Iterable[str]) -> Iterator[str]:
     """The names of tensors that merged adapters brought."""
     if any(rule.startswith("merge_lora(") for rule in plan.rules):
-        from surgery.lora import prefixes
+        from surgery.beside import prefixes
+        from surgery.rules import MergeLora, checked
 
-        starts = prefixes(plan.rules)
+        starts = prefixes(rule for rule in checked(plan.rules) if isinstance(rule, MergeLora))
         yield from (name for name in source if name.startswith(starts))
 
 

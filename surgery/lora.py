@@ -17,71 +17,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery import checkpoint
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
 from surgery.expr import Call, Expr, Name
 from surgery.ops import show
-from surgery.reader import Reader, Span
-from surgery.rules import MergeLora, Rule, RuleError, checked
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from surgery.rules import MergeLora, RuleError
 
 _WRAPPED = "base_model.model."
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
 _SHOWN = 5
-
-
-class JoinedReader(Reader):
-    """A checkpoint, and others beside it, whose names each have a prefix."""
-
-    def __init__(self, base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
-        self._held = {name: (base, name) for name in base}
-        for prefix, other in others.items():
-            self._held |= {f"{prefix}{name}": (other, name) for name in other}
-        self.infos = {name: held[inner] for name, (held, inner) in self._held.items()}
-        self.source = " and ".join([base.source, *(other.source for other in others.values())])
-        self.files = (*base.files, *(file for other in others.values() for file in other.files))
-        self.metadata = base.metadata
-        self.notes = (*base.notes, *(note for other in others.values() for note in other.notes))
-
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        held, inner = self._held[name]
-        return held.read(inner, slices)
-
-    def span(self, name: str) -> Span | None:
-        held, inner = self._held[name]
-        return held.span(inner)
-
-
-def joined(base: Checkpoint, rules: Iterable[Rule]) -> Checkpoint:
-    """The checkpoint with the adapters that rules merge beside it; itself where they merge none, or where it has them
-    already. RuleError or CheckpointError where an adapter cannot be read."""
-    others: dict[str, Checkpoint] = {}
-    for rule in rules:
-        if not isinstance(rule, MergeLora):
-            continue
-        start = f"{rule.name}:"
-        if start in others:
-            raise RuleError(f"{rule}: two adapters are called {rule.name}", hint='Name one: merge_lora(..., name="b")')
-        if not any(name.startswith(start) for name in base):
-            others[start] = Adapter.read(rule).tensors
-    return Checkpoint(JoinedReader(base, others)) if others else base
-
-
-def joined_by(base: Checkpoint, rules: Sequence[object]) -> Checkpoint:
-    """The same for rules as a plan keeps them."""
-    return joined(base, checked(rules))
-
-
-def prefixes(rules: Sequence[object]) -> tuple[str, ...]:
-    """What the names of the adapters' tensors begin with."""
-    return tuple(f"{rule.name}:" for rule in checked(rules) if isinstance(rule, MergeLora))
 
 
 @dataclass(frozen=True)
@@ -217,12 +166,12 @@ def _prefixes(names: Sequence[str], source: Iterable[str]) -> Iterator[tuple[str
 
 def merge(rule: MergeLora, rows: Mapping[str, Expr], source: Checkpoint) -> tuple[dict[str, Expr], dict[str, str], str]:
     """The rows of a derivation with an adapter merged; why a tensor that the adapter replaces is not used; and what is
-    to be said. `source` holds the adapter's tensors (see `joined`)."""
+    to be said. `source` holds the adapter's tensors (see surgery.beside)."""
     start = f"{rule.name}:"
     if not any(name.startswith(start) for name in source):
         raise CheckpointError(
             f"{rule}: the adapter was not joined to {source.source}",
-            hint="Open both: surgery.lora.joined(source, rules)",
+            hint="Open both: surgery.beside.joined(source, rules)",
         )
     new = Adapter.read(rule).merged(rows, source)
     gone = {name: f"the adapter {rule.path} has its own" for name, expr in new.items() if isinstance(expr, Name)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery import rules as rules_of
+from surgery.beside import joined
 from surgery.checkpoint import Checkpoint
 from surgery.derivation import Derivation, brought_back, derivation, set_aside
 from surgery.derived import composed, decomposed, derive
@@ -48,10 +49,7 @@ class Prepared:
         """RuleError where a rule does not fit the source."""
         given = rules_of.checked(rules)
         adapted = any(isinstance(rule, rules_of.MergeLora) for rule in given)
-        if adapted:
-            from surgery.lora import joined
-
-            base = joined(base, given)
+        base = joined(base, given)
         made = derivation(base, given)
         reshapes = [rule for rule in given if isinstance(rule, Reshape)]
         if not made.changes and not reshapes:

@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery import ops
 from surgery.errors import SurgeryError
 from surgery.ops import Value
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
 
 
 class RuleError(SurgeryError):
@@ -111,6 +115,42 @@ class MergeLora(Rule):
     def __str__(self) -> str:
         named = f", name={_text(self.name)}" if self.name != "lora" else ""
         return f"merge_lora({_text(self.path)}{named})"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a transplant finds what it reads, for those who know it; else it is found by itself."""
+
+    donor: str = ""  # the path of its weights, its tokenizer beside them
+    weights: Checkpoint | None = None  # these, opened
+    donor_tables: tuple[str, ...] = ()  # those that may be its embedding and its head
+    tables: tuple[str, ...] = ()  # of the source
+    tokenizer: str = ""  # the folder of the source's
+
+
+@dataclass(frozen=True)
+class Transplant(Rule):
+    """Another vocabulary, row by row: what the source knows is copied, what only a donor knows is made by OMP."""
+
+    tokenizer: str  # empty: the donor's own
+    donor: str = ""  # empty: none
+    k: int = 64
+    rows: int = 0  # of the new table, where there are more than tokens
+    tables: tuple[str, ...] = ()
+    donor_tables: tuple[str, ...] = ()
+    source_tokenizer: str = ""
+    seed: int = 0
+    name: str = "donor"
+    place: Place = field(default=Place(), compare=False)
+
+    def __str__(self) -> str:
+        shown = [_text(self.tokenizer)] if self.tokenizer else []
+        for each in fields(self)[1:-1]:
+            value = getattr(self, each.name)
+            if value != each.default:
+                spelled = json.dumps(list(value)) if isinstance(value, tuple) else ops.spell(value)
+                shown.append(f"{each.name}={spelled}")
+        return f"transplant_vocabulary({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -247,9 +287,62 @@ def merge_lora(path: str | os.PathLike[str], *, name: str = "lora") -> Rule:
     >>> print(merge_lora("adapter/"))
     merge_lora("adapter/")
     """
+    return MergeLora(os.fspath(path), _word("merge_lora", name, "an adapter"))
+
+
+def _word(rule: str, name: str, what: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise RuleError(f"merge_lora: {name!r} cannot name an adapter", hint='A word, as in name="style".')
-    return MergeLora(os.fspath(path), name)
+        raise RuleError(f"{rule}: {name!r} cannot name {what}", hint='A word, as in name="style".')
+    return name
+
+
+def transplant_vocabulary(
+    tokenizer: str | os.PathLike[str] = "",
+    *,
+    donor: str | os.PathLike[str] = "",
+    k: int = 64,
+    rows: int = 0,
+    tables: Sequence[str] = (),
+    donor_tables: Sequence[str] = (),
+    source_tokenizer: str | os.PathLike[str] = "",
+    seed: int = 0,
+    name: str = "donor",
+) -> Rule:
+    """Give the source the vocabulary of another tokenizer (tokenizer.json, vocab.txt, vocab.json, or a folder that
+    holds one), token by token. A token that the source knows keeps its row. One that only the donor knows gets the row
+    that orthogonal matching pursuit finds from `k` tokens that both know (mergekit's tokensurgeon, arXiv 2506.06607;
+    fewer where fewer are shared); the donor's width may be another. One that neither knows is drawn about the mean of
+    the source's rows, by `seed`; without a donor, all are that the source does not know.
+
+    donor: the folder of another model's weights, its tokenizer beside them; to zoo any reference. Without `tokenizer`,
+    the new vocabulary is the donor's own. rows: of the new table, where it has more than there are tokens. tables,
+    donor_tables: globs of the tensors with a row for each token, where names do not tell (of the donor the embedding,
+    and then the head, if that is another). source_tokenizer: where it does not lie beside the source's weights. Rows of
+    a plan read `vocab_transplant_omp(word, donor:word, rows=...)`: the donor's tensors are sources like all others,
+    their names after `name:`.
+
+    >>> print(transplant_vocabulary("my_tokenizer.json", donor="other/model"))
+    transplant_vocabulary("my_tokenizer.json", donor="other/model")
+    """
+    if not os.fspath(tokenizer) and not os.fspath(donor):
+        raise RuleError(
+            "transplant_vocabulary names neither a tokenizer nor a donor",
+            hint='As in transplant_vocabulary("my_tokenizer.json", donor="other/model").',
+        )
+    if k < 1 or rows < 0 or seed < 0:
+        wrong = f"k={k}" if k < 1 else f"rows={rows}" if rows < 0 else f"seed={seed}"
+        raise RuleError(f"transplant_vocabulary: {wrong} cannot be", hint="k is 1 or more, rows and seed 0 or more.")
+    return Transplant(
+        os.fspath(tokenizer),
+        os.fspath(donor),
+        k,
+        rows,
+        (tables,) if isinstance(tables, str) else tuple(tables),
+        (donor_tables,) if isinstance(donor_tables, str) else tuple(donor_tables),
+        os.fspath(source_tokenizer),
+        seed,
+        _word("transplant_vocabulary", name, "a donor"),
+    )
 
 
 def drop(pattern: str, *, why: str) -> Rule:
@@ -280,7 +373,7 @@ _WORDS: Mapping[str, Callable[..., Rule]] = {
     each.__name__: each
     for each in (
         *(clone_width, derive, drop, init, insert_identity_blocks, merge_lora, mha_to_gqa),
-        *(prune_heads, resize, select_layers, shrink, widen),
+        *(prune_heads, resize, select_layers, shrink, transplant_vocabulary, widen),
     )
 }
 

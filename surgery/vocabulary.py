@@ -128,7 +128,8 @@ def token_map(
     known = {token: at for token, at in before.ids.items() if old_size is None or at < old_size}
     found = [NEW] * (length if new_size is None else new_size)
     styles = _style(before.ids), _style(after.ids)
-    alike = styles[0] == styles[1] or "plain" in styles
+    # whole words without a mark are spelled as WordPiece spells them
+    alike = styles[0] == styles[1] or set(styles) <= {"plain", "wordpiece"}
     texts: dict[bytes, int] = {}
     if not alike:
         # of two tokens for one text the later assignment stays: one that ends a word, then the older one
@@ -221,11 +222,19 @@ def _called(tokens: Mapping[str, int] | Sequence[str]) -> dict[str, str]:
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
+def lies_in(folder: Path) -> bool:
+    """Does the folder hold a vocabulary that can be read?"""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def _read_path(path: Path) -> _Tokens:
     if path.is_dir():
         there = [path / name for name in _FILES if (path / name).is_file()]
         if not there:
-            raise PlanError(f"{path} holds none of {', '.join(_FILES)}")
+            raise PlanError(
+                f"{path} holds none of {', '.join(_FILES)}",
+                hint="Save the tokenizer there, as transformers does: tokenizer.save_pretrained(FOLDER).",
+            )
         tokens = _read_path(there[0])
         said: dict[str, str] = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):

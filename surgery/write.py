@@ -47,9 +47,9 @@ def write(
     """Run a plan from file to file and return the path of the file written, a .safetensors.
 
     Tied tensors are written under every name. Rows that the source does not fill (new, kept, constant) are taken from
-    `base`: a checkpoint, or the target's own state dict. An adapter that a rule of the plan merges is read beside the
-    source. PlanError where the plan does not fit the source or the base; then, as after any error, nothing is left
-    behind and a file that was there before is as it was.
+    `base`: a checkpoint, or the target's own state dict. An adapter that a rule of the plan merges, or a donor that one
+    names, is read beside the source. PlanError where the plan does not fit the source or the base; then, as after any
+    error, nothing is left behind and a file that was there before is as it was.
 
     `order` is that of the tensors in the file: as their bytes lie in the source, or as the plan has its rows; in both,
     larger types come first, so that every tensor is aligned. `like` is a .safetensors with the same names: the order
@@ -60,7 +60,7 @@ def write(
     and so on, and OUT.safetensors.index.json, whose path is returned. What fits into one file is written as one.
     """
     path = _checked_out(out)
-    opened = _with_adapters(checkpoint.open(source), plan)
+    opened = _with_others(checkpoint.open(source), plan)
     plan.check(opened, {row.target: _info(row) for row in plan.rows})
     own = None if base is None else checkpoint.open(base)
     _check_base(plan, own)
@@ -134,13 +134,13 @@ class _Piece:
     order: tuple[int, int, int]
 
 
-def _with_adapters(source: Checkpoint, plan: Plan) -> Checkpoint:
-    if not any(rule.startswith("merge_lora(") for rule in plan.rules):
+def _with_others(source: Checkpoint, plan: Plan) -> Checkpoint:
+    """The source with what the plan's rules read beside it."""
+    if not plan.rules:
         return source
-    from surgery.lora import joined_by
-    from surgery.rules import checked
+    from surgery.beside import joined_by
 
-    return joined_by(source, checked(plan.rules))
+    return joined_by(source, plan.rules)
 
 
 def _names_of(model: Checkpoint, plan: Plan) -> list[str]:

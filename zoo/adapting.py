@@ -106,7 +106,7 @@ def changes(
 ) -> Iterator[Change]:
     """The sizes that the model seems to want and the source does not have, likeliest first; none where they fit.
     A rule of the person's own that makes a tensor takes the place of the published one."""
-    sizes = _sizes(source)
+    sizes = sizes_of(source)
     if sizes is None:
         return
     forced = _forced(source, sizes, rules)
@@ -121,14 +121,11 @@ def changes(
 
 def _forced(source: Source, sizes: Sizes, rules: Sequence[Rule]) -> dict[str, Value]:
     """The vocabulary that a person's rules make."""
-    from surgery.derivation import derivation
-    from surgery.derived import derive
-
     own = sizes.values.get(VOCABULARY)
     theirs = remade(source, rules)
     if not isinstance(own, int) or not theirs:
         return {}
-    made = derive(source.checkpoint, derivation(source.checkpoint, making(rules)).rows)
+    made = _made(source, making(rules))
     lengths = {made[name].shape[0] for name in rows_of_tokens(sizes) if name in theirs}
     return {VOCABULARY: lengths.pop()} if len(lengths) == 1 else {}
 
@@ -141,15 +138,25 @@ def rows_of_tokens(sizes: Sizes) -> tuple[str, ...]:
     return tuple(sizes.resized({**sizes.values, VOCABULARY: own + 1}).rows)
 
 
+def tables_of_tokens(source: Source) -> tuple[str, ...]:
+    """Those that the source has; none where its family is not known, or has no sizes."""
+    sizes = sizes_of(source)
+    return tuple(name for name in (rows_of_tokens(sizes) if sizes is not None else ()) if name in source.checkpoint)
+
+
+def rows_for(model: nn.Module, width: int, tokens: int) -> int:
+    """The rows of a target's table of so many tokens: it may have more of them."""
+    return min((count for count in Body.of(model).rows(width).values() if count >= tokens), default=tokens)
+
+
 def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Rule, ...], str]:
     """The rules that give each token of a person's tokenizer the row that it has in the source's, and how many were
     copied and made. `tokenizer`: what surgery.vocabulary.token_map takes; the source's lies beside its weights."""
     from surgery.rules import Derive
     from surgery.vocabulary import token_map
 
-    sizes = _sizes(source)
-    names = rows_of_tokens(sizes) if sizes is not None else ()
-    names = tuple(name for name in names if name in source.checkpoint)
+    sizes = sizes_of(source)
+    names = tables_of_tokens(source)
     if sizes is None or not names:
         raise ZooError(
             f"{source.ref} has no table of tokens that is known, so a tokenizer says nothing of it", kind="unknown"
@@ -158,10 +165,9 @@ def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Ru
     own = sizes.values[VOCABULARY]
     assert isinstance(own, int)
     found = token_map(folder, tokenizer, old_size=own)
-    width = source.checkpoint[names[0]].shape[-1]
-    rows = sorted(count for count in Body.of(model).rows(width).values() if count >= len(found.old))
-    if rows and rows[0] != len(found.old):  # a table may have more rows than there are tokens
-        found = token_map(folder, tokenizer, old_size=own, new_size=rows[0])
+    rows = rows_for(model, source.checkpoint[names[0]].shape[-1], len(found.old))
+    if rows != len(found.old):
+        found = token_map(folder, tokenizer, old_size=own, new_size=rows)
     rules = tuple(Derive(name, f'vocab_map({name}, rows="{found.rows}", seed=0)', implied=True) for name in names)
     return rules, str(found)
 
@@ -242,7 +248,8 @@ def of_plan(plan: surgery.Plan, but: Container[str] = ()) -> tuple[Rule, ...]:
     return tuple(Derive(name, text, implied=True) for name, text in found.items())
 
 
-def _sizes(source: Source) -> Sizes | None:
+def sizes_of(source: Source) -> Sizes | None:
+    """What the entry's plugin says of its sizes; None where it says nothing."""
     from zoo.api import needs
     from zoo.resolving import imported
 
@@ -256,8 +263,6 @@ def _sizes(source: Source) -> Sizes | None:
 
 
 def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Sequence[Rule]) -> Change:
-    from surgery.derivation import derivation
-    from surgery.derived import derive
     from surgery.rules import Derive, Without
 
     resized = sizes.resized({**sizes.values, **after})
@@ -268,36 +273,40 @@ def _change(source: Source, sizes: Sizes, after: Mapping[str, Value], own: Seque
         if name in source.checkpoint and name not in theirs
     )
     rules += tuple(Without(name, "it only counts, and a model of other sizes counts anew") for name in resized.without)
-    rows = derivation(source.checkpoint, (*rules, *making(own))).rows
     config = resized.configured(source.config)
-    moved = replace(source, checkpoint=derive(source.checkpoint, rows), config=config)
+    moved = replace(source, checkpoint=_made(source, (*rules, *making(own))), config=config)
     return Change(moved, rules, sizes.values, after, resized)
 
 
 def derived(source: Source, rules: Sequence[Rule]) -> Source:
     """The source as a person's rules make its tensors; itself where they make none."""
+    return replace(source, checkpoint=_made(source, making(rules))) if making(rules) else source
+
+
+def _made(source: Source, rules: Sequence[Rule]) -> surgery.Checkpoint:
+    """The checkpoint that rules make of the source's."""
+    from surgery.beside import joined
     from surgery.derivation import derivation
     from surgery.derived import derive
 
-    if not making(rules):
-        return source
-    rows = derivation(source.checkpoint, making(rules)).rows
-    return replace(source, checkpoint=derive(source.checkpoint, rows))
+    base = joined(source.checkpoint, rules)
+    return derive(base, derivation(base, rules).rows)
 
 
 def making(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """Those of a person's rules that make tensors for a reference of other sizes."""
-    from surgery.rules import Derive, Resize
+    from surgery.rules import Derive, Resize, Transplant
 
-    return tuple(rule for rule in rules if isinstance(rule, (Derive, Resize)))
+    return tuple(rule for rule in rules if isinstance(rule, (Derive, Resize, Transplant)))
 
 
 def remade(source: Source, rules: Sequence[Rule]) -> dict[str, Any]:
     """{tensor: expression} of what these rules make."""
+    from surgery.beside import joined
     from surgery.derivation import derivation
     from surgery.expr import Name
 
-    rows = derivation(source.checkpoint, making(rules)).rows
+    rows = derivation(joined(source.checkpoint, making(rules)), making(rules)).rows
     return {name: expr for name, expr in rows.items() if expr != Name(name)}
 
 

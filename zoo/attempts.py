@@ -70,6 +70,7 @@ def attempts(
     rules: Any = (),
     plan: surgery.Plan | None = None,
     tokenizer: Any = None,
+    donor: str | None = None,
     shrink: bool = False,
 ) -> Iterator[Attempt]:
     """The ways to try, in turn: where the target has other sizes than the source, those that it seems to want come
@@ -77,18 +78,24 @@ def attempts(
     the target does not take, is passed over and said.
 
     arguments: those that the target was made with. plan: one that is given; what it resized, is. tokenizer: the
-    target's, by whose tokens rows of the vocabulary are chosen. shrink: the source is made as narrow as the target.
+    target's, by whose tokens rows of the vocabulary are chosen. donor: the model that makes rows for tokens which the
+    source does not know. shrink: the source is made as narrow as the target.
     """
     from surgery.rules import checked
     from zoo.adapting import by_token, changes, derived, making, narrower, of_plan, remade
+    from zoo.donors import placed, rule_of
 
     grafted = submodule(model, into) if into else model
     own, said = checked(rules), ""
-    if tokenizer is not None:
+    if donor is not None:
+        own = (*own, rule_of(tokenizer, donor))
+    if plan is not None:
+        own = (*own, *(rule for rule in checked(plan.rules) if rule not in own))
+    own = placed(own, source, grafted)
+    if tokenizer is not None and donor is None:
         chosen, said = by_token(source, tokenizer, grafted)
         own = (*own, *chosen)
     elif plan is not None:
-        own = (*own, *(rule for rule in checked(plan.rules) if rule not in own))
         own = (*own, *of_plan(plan, but=remade(source, own)))
     spoken = (f"vocabulary by token: {said}",) if said else ()
     runnable = None if static else source.reference()

@@ -54,6 +54,7 @@ class Asked:
     rules: str | None = None
     layers: str | None = None
     tokenizer: str | None = None
+    donor: str | None = None
     shrink: bool = False
     allowed: tuple[str, ...] = ()
     passes: tuple[str, ...] = ()  # to be run beside float64
@@ -80,6 +81,7 @@ def _asks(function: Callable[..., Any], *, required: bool = True, passes: bool =
     @click.option("--layers", metavar="0,2,4", help="Keep these blocks of the source and leave the others out.")
     @click.option("--shrink", is_flag=True, help="Make the source as narrow as your module, by evenly chosen units.")
     @click.option("--tokenizer", metavar="PATH", help="Your own (tokenizer.json, vocab.txt): rows are found by token.")
+    @click.option("--donor", metavar="REF", help="A model that knows tokens which the source does not: rows by OMP.")
     @click.option("--static", is_flag=True, help="Run nothing: names, shapes and structure only. Proves nothing.")
     @click.option("--accept", type=click.IntRange(1), metavar="N", help="Where it is ambiguous, take candidate N.")
     @click.option(
@@ -266,6 +268,7 @@ def _prepare(out: Out, asked: Asked, given: surgery.Plan | None = None, *, parki
         rules=_rules(asked),
         plan=given,
         tokenizer=asked.tokenizer,
+        donor=asked.donor,
         shrink=asked.shrink,
     )
     notes: tuple[str, ...] = ()
@@ -512,14 +515,14 @@ def _write_page(
     verdict: str = "",
     message: str = "",
 ) -> None:
-    from zoo import html
+    from zoo import html, to_file
 
     depth, why = _depth(job, report, into, passes)
     told = html.Told(
         job.source.ref,
         job.source.located.where,
         str(job.target),
-        job.source.checkpoint,
+        to_file.beside(job.source.checkpoint, report.plan),
         notes=job.notes,
         depth=depth,
         no_depth=why,

@@ -122,10 +122,10 @@ def verify(
 
     if page is not None:
         from surgery import Report
+        from zoo.to_file import beside
 
-        report = Report.of(
-            made.plan, proof.verdict, proof=proof, dtype_of=lambda name: job.source.checkpoint[name].dtype
-        )
+        held = beside(job.source.checkpoint, made.plan)
+        report = Report.of(made.plan, proof.verdict, proof=proof, dtype_of=lambda name: held[name].dtype)
         done = replace(job, way=way)
         _write_page(page, done, report, into, passes=passes, verdict=verdict, message=message)
     out.data(thing, human, lambda: verdict)

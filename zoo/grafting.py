@@ -173,6 +173,7 @@ def graft(
     plan: surgery.Plan | None = None,
     rules: Any = (),
     tokenizer: Any = None,
+    donor: str | None = None,
     into: str = "",
     require: str = "consistent",
     allow_different: Sequence[str] = (),
@@ -184,9 +185,11 @@ def graft(
     `example` is what the target's forward takes (a tensor, a tuple or a dict by name), where its parameters' names do
     not say; `probe` replaces the entry's own reference; `into` grafts into a submodule. `rules` say what is wanted
     otherwise than the source has it (surgery.rules). `tokenizer` is the target's own (an object of tokenizers or
-    transformers, or a path): then rows of the vocabulary are found by token, and not by number. `allow_different` names
-    modules of the target (by path; globs) that compute something else on purpose: the rest is proven around them.
-    `passes` ("cuda/bfloat16"): how both sides are run as well, beside float64.
+    transformers, or a path): then rows of the vocabulary are found by token, and not by number. `donor` is a reference
+    to another model: tokens that the source does not know, and the donor does, get rows by orthogonal matching pursuit;
+    the tokenizer is then a path, or left out where it is the donor's own. `allow_different` names modules of the target
+    (by path; globs) that compute something else on purpose: the rest is proven around them. `passes`
+    ("cuda/bfloat16"): how both sides are run as well, beside float64.
     `blockwise`: in little memory; None where both models in float64 would not fit into the memory that is free.
     """
     import surgery
@@ -213,8 +216,9 @@ def graft(
         )
 
     if probe is not None:
-        way = Attempt(probe, rules=surgery.rules.checked(rules))
-        return run(way)
+        from zoo.donors import placed
+
+        return run(Attempt(probe, rules=placed(surgery.rules.checked(rules), source, target)))
     given = None if example is None else checked_example(example, "example")
     ways = attempts(
         source,
@@ -225,6 +229,7 @@ def graft(
         rules=rules,
         plan=plan,
         tokenizer=tokenizer,
+        donor=donor,
     )
     errors: list[surgery.GraftError] = []
 

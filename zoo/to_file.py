@@ -55,6 +55,7 @@ class Filing:
                 "--rules": asked.rules,
                 "--layers": asked.layers,
                 "--tokenizer": asked.tokenizer,
+                "--donor": asked.donor,
                 "--accept": asked.accept,
                 "--shrink": asked.shrink or None,
                 "--allow-different": asked.allowed or None,
@@ -112,11 +113,12 @@ def _inverse(plan: surgery.Plan, like: surgery.Checkpoint) -> surgery.Plan:
 
 
 def beside(source: surgery.Checkpoint, plan: surgery.Plan) -> surgery.Checkpoint:
-    """The source with the adapters that the plan merges beside it."""
-    from surgery.lora import joined
+    """The source with the adapters that the plan merges beside it, and with the donor of its vocabulary."""
+    from surgery.beside import joined
     from surgery.rules import checked
+    from zoo.donors import placed
 
-    return joined(source, checked(plan.rules)) if plan.rules else source
+    return joined(source, placed(checked(plan.rules))) if plan.rules else source
 
 
 def typed(plan: surgery.Plan, dtype: str | None, source: Mapping[str, surgery.TensorInfo]) -> surgery.Plan:

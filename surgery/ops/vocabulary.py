@@ -198,8 +198,14 @@ register(
 )
 
 
-def _omp_shape(shapes: Sequence[Shape], *, rows: str, k: int) -> Shape:
+def _theirs(rows: str, donor_rows: str) -> tuple[int, ...]:
+    """For each new token the donor's row, or NEW."""
+    return read_rows(donor_rows) if donor_rows else tuple(range(len(read_rows(rows))))
+
+
+def _omp_shape(shapes: Sequence[Shape], *, rows: str, k: int, donor_rows: str, seed: int) -> Shape:
     table, donor = shapes
+    _check_seed(seed)
     if len(table) != 2 or len(donor) != 2:
         raise PlanError(
             f"argument 1 is the old table, old tokens x width, argument 2 the donor's, new tokens x its width; not "
@@ -208,12 +214,20 @@ def _omp_shape(shapes: Sequence[Shape], *, rows: str, k: int) -> Shape:
     old = read_rows(rows)
     if not old:
         raise PlanError("rows names no row")
-    if len(old) > donor[0]:
-        raise PlanError(f"rows has {len(old)} tokens, and the donor's table of shape {show(donor)} has {donor[0]}")
+    theirs = _theirs(rows, donor_rows)
+    if len(theirs) != len(old):
+        raise PlanError(f"rows has {len(old)} tokens, and donor_rows {len(theirs)}")
+    if max(theirs) >= donor[0]:
+        what = f"donor_rows names row {max(theirs)}" if donor_rows else f"rows has {len(old)} tokens"
+        raise PlanError(f"{what}, and the donor's table of shape {show(donor)} has {donor[0]}")
     if max(old) >= table[0]:
         raise PlanError(f"rows names the old row {max(old)}, and a table of shape {show(table)} has {table[0]}")
-    shared = len(old) - old.count(NEW)
-    if NEW in old and not 1 <= k <= min(shared, donor[1]):
+    both = list(zip(old, theirs, strict=True))
+    shared = sum(ours != NEW and other != NEW for ours, other in both)
+    by_pursuit = any(ours == NEW and other != NEW for ours, other in both)
+    if not table[0] and (NEW, NEW) in both:
+        raise PlanError(f"a table of shape {show(table)} has no rows to make new ones from")
+    if by_pursuit and not 1 <= k <= min(shared, donor[1]):
         raise PlanError(
             f"k={k} atoms out of {shared} shared tokens in a donor space of width {donor[1]}: k is 1 to "
             f"{min(shared, donor[1])}"
@@ -253,11 +267,13 @@ def _pursuit(targets: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor]:
 _BATCH = 256  # targets at once: the basis of each is k x width
 
 
-def _omp(tensors: Sequence[Tensor], *, rows: str, k: int) -> Tensor:
+def _omp(tensors: Sequence[Tensor], *, rows: str, k: int, donor_rows: str, seed: int) -> Tensor:
     """An embedding or a head for another vocabulary, with the help of a donor's table for that vocabulary:
     vocab_transplant_omp(table, donor, rows=...). Tokens that both have are copied (`rows` as in vocab_map). The row of
     another is approximated in the donor's space by k rows of shared tokens, and the same combination of the old rows
-    of these tokens is its new row. Computed in float32, or float64 where both tables are.
+    of these tokens is its new row. `donor_rows`, in the same spelling, says which row of the donor's each new token
+    has, where it is not the one of its own number; a token that neither knows is drawn about the mean of the old rows,
+    by `seed`, as vocab_resize draws it. Computed in float32, or float64 where both tables are.
 
     Rule: orthogonal matching pursuit of mergekit's tokensurgeon (Goddard and Fernandes Neto, arXiv 2506.06607), k = 64.
     """
@@ -267,13 +283,20 @@ def _omp(tensors: Sequence[Tensor], *, rows: str, k: int) -> Tensor:
     old = read_rows(rows)
     work = torch.float64 if is_double(table) and is_double(donor) else torch.float32
     places = torch.tensor(old, dtype=torch.long, device=table.device)
-    space = donor[: len(old)].to(table.device, work)
-    atoms, values = space[places >= 0], table[places[places >= 0]].to(work)
-    made = [table[:0].to(work)]
-    for targets in space[places < 0].split(_BATCH):
+    theirs = torch.tensor(_theirs(rows, donor_rows), dtype=torch.long, device=table.device)
+    space = donor.to(table.device, work)
+    shared, sought = (places >= 0) & (theirs >= 0), (places < 0) & (theirs >= 0)
+    atoms, values = space[theirs[shared]], table[places[shared]].to(work)
+    found = [table[:0].to(work)]
+    for targets in space[theirs[sought]].split(_BATCH):
         picked, coefficients = _pursuit(targets, atoms, k)
-        made.append(torch.einsum("nk,nkw->nw", coefficients, values[picked]))
-    return _gathered(table, old, torch.cat(made).to(table.dtype))
+        found.append(torch.einsum("nk,nkw->nw", coefficients, values[picked]))
+    made = table.new_empty((old.count(NEW), table.shape[1]))
+    known = theirs[places < 0] >= 0
+    made[known] = torch.cat(found).to(table.dtype)
+    if not known.all():
+        made[~known] = made_rows(table, int((~known).sum()), seed)
+    return _gathered(table, old, made)
 
 
 register(
@@ -281,7 +304,12 @@ register(
         "vocab_transplant_omp",
         "approximate",
         (2, 2),
-        (Param("rows", str), Param("k", int, 64)),
+        (
+            Param("rows", str),
+            Param("k", int, 64),
+            Param("donor_rows", str, "", quiet=True),
+            Param("seed", int, 0, quiet=True),
+        ),
         _omp_shape,
         _omp,
         partners="Embedding and head each with the donor's table of the same role; a bias takes vocab_map.",

@@ -373,6 +373,8 @@ REFUSED: list[tuple[str, list[tuple[int, ...]], dict[str, ops.Value], str]] = [
     ("vocab_map", [(4, 3)], {"rows": " "}, "names no row"),
     ("vocab_transplant_omp", [(4, 3), (4, 3)], {"rows": "0:3 +1"}, "k=64 atoms out of 3 shared tokens"),
     ("vocab_transplant_omp", [(4, 3), (2, 3)], {"rows": "0:3"}, "rows has 3 tokens, and the donor's table"),
+    ("vocab_transplant_omp", [(4, 3), (4, 3)], {"rows": "0:3", "donor_rows": "0:2"}, "3 tokens, and donor_rows 2"),
+    ("vocab_transplant_omp", [(4, 3), (4, 3)], {"rows": "0:2", "donor_rows": "3:5"}, "donor_rows names row 4"),
     ("label_remap", [(4, 3)], {"index": (4,)}, "index 4 is none of the 4 labels"),
     ("low_rank", [(4, 3)], {"rank": 4}, "rank=4 of a matrix of shape 4x3: 1 to 3"),
     ("low_rank", [(4, 3)], {"rank": 1, "factor": "c"}, "none of product, a, b"),

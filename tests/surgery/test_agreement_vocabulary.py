@@ -213,3 +213,30 @@ def test_a_row_that_is_a_sum_of_shared_rows_is_that_sum_in_the_old_space(
     half = run("vocab_transplant_omp", table.half(), donor.half(), rows=f"0:{shared} +{count}", k=k)
     assert half.dtype == torch.float16
     assert run("vocab_transplant_omp", table, donor, rows=f"0:{shared}").shape == table.shape  # nothing to approximate
+
+
+@some
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 5), st.integers(0, 3), st.integers(1, 3), SEEDS)
+def test_a_donor_with_tokens_of_its_own_order(
+    shared: int, kept: int, count: int, unknown: int, width: int, seed: int
+) -> None:
+    """`kept` tokens the source knows and the donor not, `unknown` ones neither; the donor's rows lie in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    donor, table = random((shared + count, 7), seed=seed), random((shared + kept, width), seed=seed + 1)
+    k = min(shared, 4)
+    plain = run("vocab_transplant_omp", table, donor, rows=f"0:{shared} +{count}", k=k)
+    order = torch.randperm(shared + count, generator=generator)
+    place = torch.argsort(order)  # where in the donor each row of before lies now
+    old = [*range(shared + kept), *[NEW] * (count + unknown)]
+    theirs = [*place[:shared].tolist(), *[NEW] * kept, *place[shared:].tolist(), *[NEW] * unknown]
+    mine = run(
+        *("vocab_transplant_omp", table, donor[order]),
+        rows=spell_rows(old),
+        donor_rows=spell_rows(theirs),
+        k=k,
+        seed=3,
+    )
+    assert torch.equal(mine[: shared + kept], table)
+    torch.testing.assert_close(mine[shared + kept :][:count], plain[shared:], rtol=1e-9, atol=1e-9)
+    drawn = run("vocab_resize", table, to=len(table) + unknown, seed=3)[len(table) :]
+    assert torch.equal(mine[len(mine) - unknown :], drawn)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import rules
+from surgery.beside import joined
 from surgery.derivation import derivation
-from surgery.lora import joined
 from tests import pairs
 from tests.surgery.test_convert import bare_bert
 

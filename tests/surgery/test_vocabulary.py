@@ -52,6 +52,15 @@ def test_tokens_of_other_families_go_by_their_text_and_special_ones_by_their_rol
     assert at == {"<unk>": NEW, "<s>": NEW, "</s>": 0, "<0x0A>": 7, "▁the": 1, "▁cat": 3, "s": 2, "é": 8, ",": 5}
 
 
+def test_whole_words_without_a_mark_are_words() -> None:
+    """As a tokenizer of whole words has them; and a WordPiece that cut none."""
+    words = ["[UNK]", "the", "cat", "mat", ","]
+    assert token_map(words, BYTES).old == (NEW, 1, NEW, 2, NEW, 4, NEW, NEW, NEW)
+    assert token_map(BYTES, words).old == (NEW, 1, 3, NEW, 5)
+    assert token_map(PIECES, words).old == (0, 4, 5, NEW, 8)
+    assert token_map(BERT, words).old == (1, 5, 6, NEW, 9)
+
+
 def test_clips_own_vocabulary_is_met() -> None:
     clip = SimpleTokenizer().encoder
     same = token_map(clip, clip)
