@@ -143,10 +143,9 @@ def plan_of(
     why: Mapping[str, str] | None = None,
     dropped: str = "",
     description: str = "",
-    new: Iterable[Row] = (),
 ) -> Plan:
     """A plan of these rows. `ties`: names of one tensor, of which the first has a row; `why`: a row's evidence;
-    `dropped`: the reason for what no row reads; `new`: rows without a source."""
+    `dropped`: the reason for what no row reads."""
     tied = {name: several[0] for several in ties for name in several[1:]}
     made: list[Row] = []
     for name, expr in rows.items():
@@ -158,7 +157,6 @@ def plan_of(
         else:
             status = Status.FILLED if read else Status.SYNTHESISED
             made.append(Row(name, status, expr, shape, dtype, evidence=(why or {}).get(name, "")))
-    made += new
     used = {name for row in made for name in row.sources}
     same = {name: tied[name] for name in source if name in tied}
     left = [

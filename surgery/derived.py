@@ -15,7 +15,7 @@ from surgery import dtypes
 from surgery.checkpoint import Checkpoint, Reader, Span, TensorInfo
 from surgery.errors import PlanError
 from surgery.expr import Call, Expr, Name, call, evaluate, infer, names, substituted
-from surgery.plan import Dropped, Plan, Row, Stamp
+from surgery.plan import Dropped, Plan, Row, Stamp, Status
 from surgery.reader import check_slices
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def composed(plan: Plan, base: Checkpoint, rows: Mapping[str, Expr], why: Mappin
     for the reason in `why`, or for the one that the derived tensor was dropped for."""
 
     def row(each: Row) -> Row:
-        return each if each.expr is None else replace(each, expr=_unfused(substituted(each.expr, rows), base))
+        return each if each.expr is None else _computed(each, _unfused(substituted(each.expr, rows), base))
 
     new = tuple(row(each) for each in plan.rows)
     used = {name for each in new for name in each.sources}
@@ -134,6 +134,11 @@ def _parts(expr: Expr, base: Checkpoint) -> list[tuple[Expr, int, int]]:
     return out
 
 
+def _computed(row: Row, expr: Expr) -> Row:
+    """The row with another expression: it is filled where that reads a tensor, and synthesised where it reads none."""
+    return replace(row, expr=expr, status=Status.FILLED if names(expr) else Status.SYNTHESISED)
+
+
 def decomposed(plan: Plan, base: Checkpoint, derived: Checkpoint, rows: Mapping[str, Expr]) -> Plan:
     """The inverse of `composed`: each row again over the derived tensors. A row that reads a tensor which the derived
     checkpoint holds in another form only is a PlanError: it does not belong to this derivation."""
@@ -156,7 +161,7 @@ def decomposed(plan: Plan, base: Checkpoint, derived: Checkpoint, rows: Mapping[
             )
         return Call(expr.op, tuple(back(arg, target) for arg in expr.args), expr.params)
 
-    new = tuple(each if each.expr is None else replace(each, expr=back(each.expr, each.target)) for each in plan.rows)
+    new = tuple(each if each.expr is None else _computed(each, back(each.expr, each.target)) for each in plan.rows)
     used = {name for each in new for name in each.sources}
     reasons = {drop.source: drop.reason for drop in plan.dropped}
     dropped = []

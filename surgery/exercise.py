@@ -216,7 +216,10 @@ class Exercise:
             if not groups:
                 return
             group = groups.pop()
-            whys = followed(tape, nodes, outputs, group)
+            try:
+                whys = followed(tape, nodes, outputs, group)
+            except Rerouted:
+                whys = None if len(group) > 1 else {(group[0][1], group[0][2]): ""}
             if whys is not None:
                 self._cancelled(whys)
             elif len(group) == 1:
@@ -384,10 +387,15 @@ def _apart(a: Tensor, b: Tensor) -> bool:
     return difference > SHOWN * max(top, 1e-300)
 
 
+class Rerouted(NotFaithful):
+    """What was perturbed chooses which way the run goes, as a router of experts does: other tokens reach other
+    operators, so the run that was recorded cannot be followed with it."""
+
+
 def followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]) -> dict[tuple[str, int], str] | None:
     """Perturb these segments together and follow what moves, side by side with the run as it was, holding only what is
     still needed: for each segment, by what every trace of it is cancelled for any input, or an empty text where one
-    just ends. None where an output moves."""
+    just ends. None where an output moves. Rerouted where the run would have gone another way."""
     marks: dict[int, set[tuple[str, int]]] = {}
     leaves: dict[int, list[Item]] = {}
     for item in items:
@@ -428,7 +436,10 @@ def followed(tape: Tape, nodes: list[int], outputs: list[int], items: list[Item]
                     return x
                 return moved[x.vid] if x.vid in moved else held(x.vid)
 
-            changed = {vid: t for vid, t in _outs(node, value) if _apart(known[vid], t)}
+            fresh = dict(_outs(node, value))
+            if any(t.shape != known[vid].shape for vid, t in fresh.items()):
+                raise Rerouted
+            changed = {vid: t for vid, t in fresh.items() if _apart(known[vid], t)}
             other.update(changed)
             whose = set().union(*(marks[v] for v in into))
             if changed:

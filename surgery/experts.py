@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from surgery.body import Reshaped, drift, infos, outputs, plan_of, values_of
 from surgery.coupling import coupled
-from surgery.dtypes import name_of
 from surgery.errors import SurgeryError
-from surgery.expr import Expr, Name
-from surgery.plan import Row, Status
+from surgery.expr import Expr, Name, call, evaluate
 from surgery.proof import GATE
 from surgery.running import own_tensors
+
+STD = 0.02  # of a router's weights, as GPT-2 and BERT draw theirs
 
 
 class SparseExperts(nn.Module):
@@ -70,9 +70,12 @@ def dense_to_moe(
     """Every module that `where` names (with * for any text) as SparseExperts whose experts are copies of it. Preserving
     where the gates sum to 1 (`normalise`), confirmed by running; approximate else.
 
-    The router's rows are new, drawn by `seed`: surgery.write takes them from the edited module's state dict (base=).
+    The routers' rows are synthesised: drawn from a normal distribution with a deviation of 0.02, each by a seed of its
+    own, from `seed` on. What equal experts are given changes nothing, so any router is right until they are trained.
     SurgeryError where no module is meant, or one works on more than single tokens of its last axis.
     """
+    if seed < 0:
+        raise SurgeryError(f"seed={seed} is no seed", hint="Choose 0 or more.")
     if not 1 <= top_k <= experts:
         raise SurgeryError(f"top_k={top_k} of {experts} experts cannot be", hint="Choose 1 to all of them.")
     coupling = coupled(model, example)
@@ -82,27 +85,25 @@ def dense_to_moe(
         raise SurgeryError(f"the model has no module {where}", hint="Print the model to see its modules.")
     widths = _widths(coupling.run, model, coupling.x, paths)
     module = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
     rows: dict[str, Expr] = {name: Name(name) for name in own_tensors(model)}
-    new: list[Row] = []
-    for path in paths:
+    routers: dict[str, Expr] = {}
+    for number, path in enumerate(paths):
         dense = module.get_submodule(path)
         like = next((p for p in dense.parameters()), torch.zeros(()))
         sparse = SparseExperts(
             [copy.deepcopy(dense) for _ in range(experts)], widths[path], top_k=top_k, normalise=normalise
         ).to(device=like.device, dtype=like.dtype)
+        drawn = call("normal", shape=tuple(sparse.router.weight.shape), std=STD, seed=seed + number)
         with torch.no_grad():
-            drawn = torch.randn(sparse.router.weight.shape, generator=generator) * 0.02
-            sparse.router.weight.copy_(drawn)
+            sparse.router.weight.copy_(evaluate(drawn, model.get_parameter))
+        routers[f"{path}.router.weight"] = drawn
         owner, _, local = path.rpartition(".")
         module.get_submodule(owner)._modules[local] = sparse.train(dense.training)
         for name in [name for name in rows if name.startswith(f"{path}.")]:
             row, rest = rows.pop(name), name.removeprefix(f"{path}.")
-            rows |= {f"{path}.experts.{number}.{rest}": row for number in range(experts)}
-        shape, dtype = tuple(sparse.router.weight.shape), name_of(sparse.router.weight.dtype)
-        new.append(Row(f"{path}.router.weight", Status.NEW, None, shape, dtype, note=f"router, random, seed {seed}"))
+            rows |= {f"{path}.experts.{expert}.{rest}": row for expert in range(experts)}
     source = infos({name: t.detach() for name, t in own_tensors(model).items()})
-    plan = plan_of(source, rows, ties=coupling.ties(), description=type(model).__name__, new=new)
+    plan = plan_of(source, {**rows, **routers}, ties=coupling.ties(), description=type(model).__name__)
     try:
         got = outputs(coupling, module, values_of(plan, model))
     except Exception as error:  # the person's own modules, given tokens one by one: any error means they cannot be
@@ -116,7 +117,9 @@ def dense_to_moe(
             f"{where}: the outputs move by {moved}, so what it computes for a token depends on other tokens",
             hint="Name MLPs that work on each token of the last axis alone.",
         )
-    return Reshaped(plan, module, "preserving" if normalise else "approximate", moved)
+    count = f"{len(routers)} router{'s' * (len(routers) > 1)} of {experts} experts"
+    notes = (f"{count} drawn with a deviation of {STD} by seed {seed} and on; each expert is a copy of the MLP",)
+    return Reshaped(plan, module, "preserving" if normalise else "approximate", moved, notes=notes)
 
 
 def _widths(run: Any, model: nn.Module, x: Any, paths: list[str]) -> dict[str, int]:

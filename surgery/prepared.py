@@ -124,6 +124,7 @@ def _selects(rule: Rule) -> bool:
 
 _RESHAPES = {
     "clone_width": "surgery.widths:clone_width",
+    "dense_to_moe": "surgery.experts:dense_to_moe",
     "insert_identity_blocks": "surgery.depth:insert_identity_blocks",
     "mha_to_gqa": "surgery.grouped_heads:mha_to_gqa",
     "prune_heads": "surgery.widths:prune_heads",
@@ -157,7 +158,7 @@ def reshaped(source: Checkpoint, probe: Probe | None, made: Derivation, rule: Re
     before = {group.name: group.size for group in found.groups}
     said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes) or str(rule)
     drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
-    notes = (*made.notes, f"as asked for: {said}; {found.kind}{drift}")
+    notes = (*made.notes, f"as asked for: {said}; {found.kind}{drift}", *found.notes)
     changed = {name for name, expr in rows.items() if names(expr) and expr != made.rows.get(names(expr)[0])}
     adapted = made.adapted | (changed if found.kind in ("approximate", "lossy") else set())
     probe = replace(probe, reference=module, run_reference=run)

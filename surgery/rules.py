@@ -272,6 +272,23 @@ def insert_identity_blocks(where: str, *, after: Sequence[int]) -> Rule:
     return Reshape("insert_identity_blocks", where, params=(("after", tuple(after)),))
 
 
+def dense_to_moe(where: str, *, experts: int, top_k: int = 2, normalise: bool = True, seed: int = 0) -> Rule:
+    """Put `experts` copies of an MLP in the place of each one that `where` names (a module of the reference, * stands
+    for any text), `top_k` of which a router chooses for each token. The gates of those chosen are divided by their sum,
+    as Mixtral's are, so that the function is kept: the experts are equal until they are trained; without `normalise`,
+    as Switch has it, they are not. The routers are drawn by `seed` (Komatsuzaki et al., arXiv 2212.05055).
+
+    >>> print(dense_to_moe("model.layers.*.mlp", experts=4, top_k=2))
+    dense_to_moe("model.layers.*.mlp", experts=4, top_k=2)
+    """
+    for name, value in (("experts", experts), ("top_k", top_k)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RuleError(f"dense_to_moe: {name}={value!r} cannot be", hint=f"{name} is a whole number, 1 or more.")
+    more = (("normalise", 0),) if not normalise else ()
+    seeded = (("seed", seed),) if seed else ()
+    return Reshape("dense_to_moe", where, params=(("experts", experts), ("top_k", top_k), *more, *seeded))
+
+
 def _widths(word: str, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values()):
         raise RuleError(f"{word} takes the new widths by name, as in {word}(hidden=192, inner=768, heads=6)")
@@ -372,7 +389,7 @@ def _reason(rule: str, pattern: str, why: str) -> str:
 _WORDS: Mapping[str, Callable[..., Rule]] = {
     each.__name__: each
     for each in (
-        *(clone_width, derive, drop, init, insert_identity_blocks, merge_lora, mha_to_gqa),
+        *(clone_width, dense_to_moe, derive, drop, init, insert_identity_blocks, merge_lora, mha_to_gqa),
         *(prune_heads, resize, select_layers, shrink, transplant_vocabulary, widen),
     )
 }

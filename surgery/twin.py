@@ -131,6 +131,8 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
         return Lifted(func(args[0].stored.detach(), *args[1:], **kwargs))
     if func is torch.ops.aten.mm.default and args[1].numel() > SCRATCH and (w := _low(args[1])) is not None:
         return _mm_in_parts(lift(args[0]), formed(w))
+    if func is GROUPED and args[0].ndim == 2:
+        return _grouped_mm(*args, **kwargs)
     if func in PRODUCTS:
         return func(*_raised(args), **{k: mapped(lift, v) for k, v in kwargs.items()})
     return func(*mapped(lift, args), **{k: mapped(lift, v) for k, v in kwargs.items()})
@@ -192,6 +194,27 @@ PRODUCTS = frozenset(
 )  # fmt: skip
 # A matrix turned for a product stays in the type that it is stored in: autograd keeps it.
 TURNS = frozenset({torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default})
+
+
+# Of experts, each with rows of its own; a kernel that has no float64.
+GROUPED: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
+
+def _grouped_mm(x: Any, w: Any, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Rows offs[n - 1] to offs[n] of x times w[n]; rows behind the last are zeros, where the kernel writes nothing. Of
+    a matrix w, as in the gradient of that: columns of x times the rows of w so numbered, a matrix for each n."""
+    rows, made, at = lift(x), lift(w), 0
+    ends = offs.tolist()
+    grouped = made.ndim == 3
+    shape = (rows.shape[0], made.shape[2]) if grouped else (len(ends), rows.shape[0], made.shape[1])
+    out = rows.new_zeros(shape)
+    for n, end in enumerate(ends):
+        if grouped:
+            out[at:end] = rows[at:end] @ made[n]
+        else:
+            out[n] = rows[:, at:end] @ made[at:end]
+        at = end
+    return out
 
 
 def _mm_in_parts(x: Tensor, w: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from surgery import twin
 from surgery.mapper import products
 
 aten = torch.ops.aten
@@ -333,3 +334,5 @@ def _canon() -> dict[Any, Callable[..., Any]]:
 
 
 CANON = _canon()
+if twin.GROUPED is not None:
+    CANON[twin.GROUPED] = products.grouped

@@ -96,3 +96,19 @@ def summed(r: Recorder, x: Any, dims: Any = None, keep: bool = False, *, dtype: 
 def _contiguous(r: Recorder, y: Tensor) -> Any:
     """Laid out as the operator in place of which it stands lays its result out: the program may view it."""
     return y if y.is_contiguous() else r.call(aten.clone.default, y, memory_format=torch.contiguous_format)
+
+
+def grouped(r: Recorder, x: Any, w: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Experts in one kernel, each with rows of its own: rows offs[n - 1] to offs[n] of x times w[n]. A product for
+    each; rows behind the last are zeros."""
+    if x.ndim != 2 or w.ndim != 3 or offs is None or bias is not None:
+        return r.call(aten._grouped_mm.default, x, w, offs, bias, out_dtype)
+    parts, at = [], 0
+    for n in range(w.shape[0]):
+        end = int(r.call(aten._local_scalar_dense.default, r.call(aten.select.int, offs, 0, n)))
+        if end > at:
+            parts.append(mm(r, r.call(aten.slice.Tensor, x, 0, at, end), r.call(aten.select.int, w, 0, n)))
+        at = max(at, end)
+    if at < x.shape[0] or not parts:
+        parts.append(x.new_zeros(x.shape[0] - at, w.shape[2]))
+    return r.call(aten.cat.default, parts)
