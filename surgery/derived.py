@@ -156,8 +156,9 @@ def decomposed(plan: Plan, base: Checkpoint, derived: Checkpoint, rows: Mapping[
             return Name(expr.name) if isinstance(expr, Name) and expr.name in same else whole[expr]
         if isinstance(expr, Name):
             raise PlanError(
-                f"{target}: it reads {expr.name} as it is, and the rules make something else of that tensor",
-                hint="Make the plan anew with the same rules, or edit this row.",
+                f"{target}: it reads {expr.name} as it is, and the plan's rules make something else of that tensor",
+                hint="Rows do not follow a rule that was edited. Find them anew by it: zoo graft --rules FILE, "
+                "or rules=[...] without a plan; or edit this row too.",
             )
         return Call(expr.op, tuple(back(arg, target) for arg in expr.args), expr.params)
 

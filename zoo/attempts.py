@@ -134,7 +134,17 @@ def attempts(
         yield Attempt(None, (*spoken, *passed), rules=own)
         return
     if making(own):
-        runnable = derived(source, own).reference()
+        try:
+            runnable = derived(source, own).reference()
+        except ZooError as error:
+            said_by = [str(rule) for rule in making(own) if not getattr(rule, "implied", False)]
+            if error.kind not in ("file", "weights") or not said_by:
+                raise
+            raise ZooError(
+                f"as {' and '.join(said_by)} makes it, no model of {source.ref} has these tensors: {error}",
+                kind=error.kind,
+                hint="; ".join(passed[:2]) or "give the rule the size that your module has",
+            ) from error
         assert runnable is not None
     probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
     wide.append(Attempt(probe, (*spoken, *notes, *passed), None, runnable, own))

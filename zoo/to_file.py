@@ -84,6 +84,8 @@ def convert(out: Out, asked: Asked, filing: Filing, weights: Path, *, force: boo
         like = resolving.resolve(filing.invert, of=host, hub=hub).checkpoint
         given = _inverse(given, like)
     read = beside(source.checkpoint, given)
+    edited = given.verdict == "stale"
+    given = _ruled(given, source, read)
     made = {row.target: written.info(row) for row in given.rows}
     given.check(read, made)
     said = given.verdict_on(read, {name: made[name] for name in made})
@@ -95,6 +97,9 @@ def convert(out: Out, asked: Asked, filing: Filing, weights: Path, *, force: boo
         return NO
     verdict = str(said) if said in ("proven", "adapted", "ambiguous", "refuted") else "consistent"
     past = f"it was {said} when it was made" if said in ("proven", "adapted", "consistent") else "it fits the source"
+    if edited or said == "stale":
+        given = given.with_verdict("consistent")
+        past = "it was edited, or is of another source, since it was made, and fits this one"
     source.hashing()
     plan = typed(source.stamped(given), filing.dtype, read)
     if plan.rows != given.rows:
@@ -110,6 +115,24 @@ def convert(out: Out, asked: Asked, filing: Filing, weights: Path, *, force: boo
 
 def _inverse(plan: surgery.Plan, like: surgery.Checkpoint) -> surgery.Plan:
     return plan.inverted(beside(like, plan), rounding=any(rule.startswith("merge_lora(") for rule in plan.rules))
+
+
+def _ruled(plan: surgery.Plan, source: Source, read: surgery.Checkpoint) -> surgery.Plan:
+    """An edited plan, by its rules as they stand now: what they drop or leave new is. PlanError where its rows are not
+    those of its rules; what a change of the body makes of them is seen by running only, and is not looked at."""
+    from surgery.derivation import brought_back, derivation, set_aside
+    from surgery.derived import decomposed, derive
+    from surgery.rules import Reshape, checked
+    from zoo.donors import placed
+
+    if plan.verdict != "stale" or not plan.rules:
+        return plan
+    rules = placed(checked(plan.rules), source)
+    rows = derivation(read, rules).rows
+    whole = brought_back(plan)
+    if not any(isinstance(rule, Reshape) for rule in rules):
+        decomposed(whole, derive(read, rows), rows)
+    return set_aside(whole, rules, read, [row.target for row in plan.rows])
 
 
 def beside(source: surgery.Checkpoint, plan: surgery.Plan) -> surgery.Checkpoint:

@@ -278,7 +278,7 @@ def test_a_model_on_the_whole(run: Run) -> None:
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
 def test_an_adapter_is_merged_on_the_command_line(run: Run, folder: Path) -> None:
-    """In memory and from file to file, to the same bytes; verified; and taken out again by the same plan."""
+    """In memory and from file to file, to the same bytes; and verified."""
     from tests.surgery.test_lora import adapter, by_formula
 
     theirs = load_file("tiny/model.safetensors")
@@ -304,6 +304,89 @@ def test_an_adapter_is_merged_on_the_command_line(run: Run, folder: Path) -> Non
         torch.allclose(part, whole[f"{names[0]}.weight"], rtol=1e-6, atol=1e-7)
         for part in load_file("memory.safetensors")[target_name].split(whole[f"{names[0]}.weight"].shape[0])
     )
+
+
+def test_an_adapter_is_taken_out_again_on_the_command_line(layouts: Path, run: Run) -> None:
+    """Within rounding, as the inverse says; what the adapter does not touch, bit for bit."""
+    from tests import pairs
+    from tests.surgery.test_convert import bare_bert
+    from tests.surgery.test_lora import adapter, targets
+
+    bert = bare_bert()
+    adapter(layouts / "adapter", targets(bert))
+    merge = surgery.rules.merge_lora("adapter/")
+    model = pairs.Encoder().eval()
+    del model.head
+    report = surgery.graft("theirs.safetensors", model, probe=pairs.probe(bert), rules=[merge], require="proven")
+    report.plan.save("merged.graft.toml")
+    there = ("--plan", "merged.graft.toml", "--to-file")
+    done = run("graft", "file:theirs.safetensors", *there, "-o", "ours.safetensors")
+    assert done.status == 0, done.err
+    done = run(
+        "graft", "file:ours.safetensors", *there, "--invert", "file:theirs.safetensors", "-o", "back.safetensors"
+    )
+    assert done.status == 0, done.err
+    theirs, back = load_file("theirs.safetensors"), load_file("back.safetensors")
+    assert set(theirs) == set(back)
+    merged = {f"{name}.weight" for name in targets(bert)}
+    for name, tensor in theirs.items():
+        if name in merged:
+            torch.testing.assert_close(back[name], tensor, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(back[name], tensor), name
+    plan = surgery.Plan.load("back.graft.toml")
+    assert "an adapter is taken out again: within rounding, not bit for bit" in plan.notes
+    # the inverse keeps the rule, and runs by itself
+    done = run("graft", "file:ours.safetensors", "--plan", "back.graft.toml", "--to-file", "-o", "third.safetensors")
+    assert done.status == 0, done.err
+    third = load_file("third.safetensors")
+    assert all(torch.equal(third[name], tensor) for name, tensor in back.items())
+    (layouts / "adapter" / "adapter_model.safetensors").unlink()
+    done = run("graft", "file:ours.safetensors", "--plan", "back.graft.toml", "--to-file", "-o", "no.safetensors")
+    assert done.status == 2
+    assert "is no adapter" in done.err
+
+
+# -- rules that were edited in a plan ----------------------------------------------------------------------------------
+def edited(plan: str, *changes: tuple[str, str]) -> None:
+    """Change the rules that stand in a plan's file, and nothing else of it."""
+    text = Path(plan).read_text()
+    start = text.index("rules = [")
+    end = text.index("]\n", text.index("\n", start))
+    rules = text[start:end]
+    for old, new in changes:
+        assert old in rules
+        rules = rules.replace(old, new)
+    Path("edited.graft.toml").write_text(text[:start] + rules + text[end:])
+
+
+def test_a_rule_that_leaves_tensors_new_may_be_edited(run: Run) -> None:
+    Path("rules.txt").write_text('init("layers.1.down.*", why="trained anew")\n')
+    assert run("graft", REF, "mine.py", "--rules", "rules.txt", "-o", "first.safetensors").status == 0
+    edited("first.graft.toml", ("layers.1", "layers.0"))
+    given = ("--plan", "edited.graft.toml", "--json")
+    memory = run("graft", REF, "mine.py", *given, "-o", "memory.safetensors")
+    assert (memory.status, memory.json["verdict"]) == (0, "adapted"), memory.err
+    files = run("graft", REF, "mine.py", *given, "-o", "files.safetensors", "--to-file")
+    assert (files.status, files.json["verdict"]) == (0, "consistent"), files.err
+    assert "it was edited" in files.json["message"]
+    for done in (memory, files):
+        status = {row["name"]: row["status"] for row in done.json["rows"]}
+        assert (status["layers.0.down.weight"], status["layers.1.down.weight"]) == ("new", "filled")
+    one, two = load_file("memory.safetensors"), load_file("files.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("way", [(), ("--to-file",)])
+def test_rows_do_not_follow_a_rule_that_makes_tensors(run: Run, folder: Path, way: tuple[str, ...]) -> None:
+    sets = ("--set=depth=1",)
+    assert run("graft", REF, "mine.py", *sets, "--layers", "1", "-o", "first.safetensors").status == 0
+    edited("first.graft.toml", ("[1]", "[0]"))
+    done = run("graft", REF, "mine.py", *sets, *way, "--plan", "edited.graft.toml", "-o", "second.safetensors")
+    assert done.status == 2
+    assert "the plan's rules make something else of that tensor" in done.err
+    assert "zoo graft --rules FILE" in done.err
+    assert not (folder / "second.safetensors").exists()
 
 
 def test_an_adapter_that_is_not_there(run: Run) -> None:
