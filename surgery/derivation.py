@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from surgery import ops
 from surgery.beside import prefixes
+from surgery.errors import PlanError
 from surgery.expr import Call, Expr, Name, names, parse, substituted
 from surgery.rules import Derive, Drop, Init, MergeLora, Resize, Rule, RuleError, SelectLayers, Transplant, Without
 
@@ -81,7 +82,10 @@ def derivation(source: Checkpoint, rules: Sequence[Rule]) -> Derivation:
 
 
 def _known(rule: Derive, rows: Mapping[str, Expr]) -> Expr:
-    expr = parse(rule.expression)
+    try:
+        expr = parse(rule.expression)
+    except PlanError as error:
+        raise RuleError(f"{rule}: {error}", hint=error.hint or "An expression as a row of a plan has it.") from None
     for name in names(expr):
         if name not in rows:
             raise RuleError(f"{rule}: the source has no tensor {name}{ops.did_you_mean(name, set(rows))}")
@@ -221,6 +225,11 @@ def set_aside(plan: Plan, rules: Sequence[Rule], source: Iterable[str], target: 
             )
         rows.append(row)
     used = {name for row in rows for name in row.sources}
+    if plan.used and not used:
+        raise RuleError(
+            f"nothing of the source is left: {' and '.join(str(r) for r in rules if isinstance(r, (Drop, Init)))}",
+            hint="Drop less, or leave less of the target new.",
+        )
     aside = {name: row for row in rows for name in row.set_aside}
     reasons = {drop.source: drop.reason for drop in plan.dropped} | {
         name: f"as asked for: {why}" for name, why in dropped.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from surgery.beside import joined
 from surgery.checkpoint import Checkpoint
 from surgery.derivation import Derivation, brought_back, derivation, set_aside
 from surgery.derived import composed, decomposed, derive
-from surgery.errors import GraftError
+from surgery.errors import GraftError, SurgeryError
 from surgery.expr import Name, evaluate, kind, names, substituted
 from surgery.plan import STALE, Plan
 from surgery.rules import Reshape, Rule, RuleError
@@ -100,7 +101,12 @@ class Prepared:
         ]
         changed += [row.target for row in plan.rows if row.aside is not None]
         adapted = self.made.adapted if self.made is not None else frozenset[str]()
-        as_is = {row.target for row in plan.rows if row.expr is not None and kind(row.expr, dtype_of) == "exact"}
+        copies = Counter(row.expr for row in plan.rows if row.expr is not None)
+        as_is = {
+            row.target
+            for row in plan.rows
+            if row.expr is not None and copies[row.expr] == 1 and kind(row.expr, dtype_of) == "exact"
+        }
         made = (row for row in self.inward(plan).rows if adapted.intersection(row.sources))
         changed += [row.target for row in made if row.target not in as_is]
         return replace(proof, adapted=tuple(dict.fromkeys((*proof.adapted, *changed))))
@@ -159,10 +165,16 @@ def reshaped(source: Checkpoint, probe: Probe | None, made: Derivation, rule: Re
     said = ", ".join(f"{name} {before.get(name, '?')} -> {size}" for name, size in rule.sizes) or str(rule)
     drift = "" if found.drift is None else f"; before any training its outputs move by {found.drift:.1%}"
     notes = (*made.notes, f"as asked for: {said}; {found.kind}{drift}", *found.notes)
-    changed = {name for name, expr in rows.items() if names(expr) and expr != made.rows.get(names(expr)[0])}
-    adapted = made.adapted | (changed if found.kind in ("approximate", "lossy") else set())
+    adapted = made.adapted | (_changed(rows, links, made) if found.kind in ("approximate", "lossy") else set())
     probe = replace(probe, reference=module, run_reference=run)
     return probe, replace(made, rows=rows, notes=notes, adapted=adapted)
+
+
+def _changed(rows: Mapping[str, Expr], links: Mapping[str, Expr], made: Derivation) -> set[str]:
+    """The tensors that are no plain copies of what was there, or of which there are more copies than there were."""
+    before = Counter(substituted(expr, made.rows) for expr in links.values())
+    now = Counter(rows.values())
+    return {name for name, expr in rows.items() if now[expr] > before[expr]}
 
 
 def _reshape(rule: Reshape, probe: Probe) -> Reshaped:
@@ -171,7 +183,10 @@ def _reshape(rule: Reshape, probe: Probe) -> Reshaped:
     module, _, name = _RESHAPES[rule.word].partition(":")
     function = getattr(importlib.import_module(module), name)
     where = [rule.where or dict(rule.sizes)] if rule.where or rule.sizes else []
-    found: Reshaped = function(probe.reference, probe, *where, **dict(rule.params))
+    try:
+        found: Reshaped = function(probe.reference, probe, *where, **dict(rule.params))
+    except SurgeryError as error:
+        raise RuleError(f"{rule}: {error}", hint=error.hint) from error
     return found
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import json
 import os
 import re
@@ -193,8 +194,8 @@ def resize(pattern: str, op: str, **params: Value | list[int]) -> Rule:
     >>> print(resize("*.position_embeddings.weight", "extend_pos_embed_tile", to=1024))
     resize("*.position_embeddings.weight", "extend_pos_embed_tile", to=1024)
     """
-    ops.get(op)
     given = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in params.items())
+    ops.get(op).bind(1, given)
     return Resize(pattern, op, given)
 
 
@@ -262,14 +263,16 @@ def mha_to_gqa(where: str, *, kv_heads: int) -> Rule:
     return Reshape("mha_to_gqa", where, params=(("kv_heads", kv_heads),))
 
 
-def insert_identity_blocks(where: str, *, after: Sequence[int]) -> Rule:
+def insert_identity_blocks(where: str, *, after: Sequence[int], approximate: bool = False) -> Rule:
     """Behind each of these blocks of the list at `where`, a copy that passes on its input: its projections into the
-    residual stream are zero (Wu et al., arXiv 2401.02415). Pre-norm blocks only.
+    residual stream are zero (Wu et al., arXiv 2401.02415). Pre-norm blocks only; with `approximate` others too, whose
+    function it changes.
 
     >>> print(insert_identity_blocks("h", after=[0, 1]))
     insert_identity_blocks("h", after=[0, 1])
     """
-    return Reshape("insert_identity_blocks", where, params=(("after", tuple(after)),))
+    more = (("approximate", 1),) if approximate else ()
+    return Reshape("insert_identity_blocks", where, params=(("after", tuple(after)), *more))
 
 
 def dense_to_moe(where: str, *, experts: int, top_k: int = 2, normalise: bool = True, seed: int = 0) -> Rule:
@@ -434,10 +437,18 @@ def parse_rule(line: str) -> Rule | None:
         near = difflib.get_close_matches(word, _WORDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_WORDS)}."
         raise RuleError(f"no rule is called {word}", hint=hint)
+    rule = _WORDS[word]
     try:
-        return _WORDS[word](*args, **named)
+        inspect.signature(rule).bind(*args, **named)
+        return rule(*args, **named)
     except TypeError as error:
-        raise RuleError(f"{word}: {error}", hint=f"{word} reads as in the reference: zoo graft --help.") from None
+        raise RuleError(f"{word}: {error}", hint=_example(rule)) from None
+
+
+def _example(rule: Callable[..., Rule]) -> str:
+    """How the rule reads, out of its own documentation."""
+    found = re.search(r">>> print\((.+)\)$", inspect.getdoc(rule) or "", re.MULTILINE)
+    return f"It reads as in {found[1]}." if found else ""
 
 
 def checked(rules: Iterable[object]) -> tuple[Rule, ...]:

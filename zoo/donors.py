@@ -67,5 +67,5 @@ def _resolved(donor: str) -> Source:
         return resolve(donor)
     except ZooError as error:
         if error.kind != "unknown" or not Path(donor).exists():
-            raise
+            raise ZooError(f"the donor {donor}: {error}", kind=error.kind, hint=error.hint) from error
         return resolve(f"file:{donor}")

@@ -99,6 +99,38 @@ def test_gates_that_do_not_sum_to_one_are_another_function() -> None:
         surgery.graft(source.state_dict(), mixtral(), probe=probe(source), rules=[rule])
 
 
+class Switch(nn.Module):
+    """Each token to one expert, which counts as much as the router is sure of it."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, count, bias=False)
+        self.experts = nn.ModuleList(
+            transformers.models.llama.modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES)) for _ in range(count)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        sure, which = self.router(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            at = torch.nonzero(which == number).flatten()
+            out = out.index_add(0, at, expert(tokens[at]) * sure[at, None])
+        return out.reshape(x.shape)
+
+
+def test_experts_that_are_another_function_are_adapted() -> None:
+    source, target = llama(), llama()
+    for layer in target.model.layers:  # type: ignore[union-attr]
+        layer.mlp = Switch(16, 3)  # type: ignore[union-attr]
+    rule = rules.dense_to_moe("model.layers.*.mlp", experts=3, top_k=1, normalise=False)
+    report = surgery.graft(source.state_dict(), target.eval(), probe=probe(source), rules=[rule])
+    assert report.verdict == "adapted"
+    assert report.proof is not None
+    assert "model.layers.0.mlp.experts.2.up_proj.weight" in report.proof.adapted
+    assert "model.layers.0.self_attn.q_proj.weight" not in report.proof.adapted
+
+
 def test_a_difference_elsewhere_is_refuted() -> None:
     source = llama()
     with pytest.raises(surgery.GraftError, match="input_layernorm"):

@@ -192,7 +192,9 @@ def test_a_file_of_rules_reads_back_as_it_is_written(tmp_path: Path) -> None:
     [
         ("shrink it", "line 1: not a rule"),
         ("forget('x')", "line 1: no rule is called forget"),
-        ("drop('x')", "line 1: drop: "),
+        ("drop('x')", "line 1: drop: missing a required argument: 'why'"),
+        ("select_layers(3)", "line 1: select_layers: "),
+        ("resize('x', 'vocab_resize', to='3')", "parameter to takes a whole number"),
         ("drop('x', why='')", "gives no reason"),
         ("select_layers([0, -1])", "numbers of the layers"),
         ("__import__('os').system('true')", "not a rule"),
@@ -272,6 +274,17 @@ def test_blocks_that_pass_on_are_refused_behind_a_norm() -> None:
     rule = rules.insert_identity_blocks("encoder.layer", after=[0])
     with pytest.raises(surgery.SurgeryError):
         surgery.plan(bert.state_dict(), encoder(3), probe=pairs.probe(bert, surface=True), rules=[rule])
+    # asked for all the same it is another function, and not called the same
+    rule = rules.insert_identity_blocks("encoder.layer", after=[0], approximate=True)
+    report = surgery.graft(bert.state_dict(), encoder(3), probe=pairs.probe(bert, surface=True), rules=[rule])
+    assert report.verdict == "adapted"
+    assert any("approximate; before any training its outputs move by" in note for note in report.plan.notes)
+
+
+def test_rules_that_leave_nothing_are_refused() -> None:
+    bert = deep_bert(2)
+    with pytest.raises(rules.RuleError, match="nothing of the source is left"):
+        surgery.graft(bert.state_dict(), encoder(2), probe=pairs.probe(bert), rules=[rules.drop("*", why="all")])
 
 
 def test_a_width_that_is_not_there_and_heads_that_do_not_divide() -> None:
