@@ -100,6 +100,11 @@ def transplanted(rule: Transplant, rows: Mapping[str, Expr], source: Checkpoint)
     size = rule.rows or None
     before = {name: own[name].shape[0] for name in tables}
     found = token_map(ours, new, old_size=min(before.values()), new_size=size)
+    if not found.copied and donor is None:
+        raise RuleError(
+            f"{rule}: the source knows none of the {len(found.old):,} tokens: nothing of its table would be left",
+            hint="Is it a tokenizer of the same texts? A donor that knows both kinds of tokens would help: donor=...",
+        )
     if donor is None:
         plain = {name: _mapped(rows[name], found, rule) for name in tables}
         return Made(plain, {}, f"vocabulary by token: {found}")

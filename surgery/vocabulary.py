@@ -252,6 +252,8 @@ def _read_path(path: Path) -> _Tokens:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} does not read as a vocabulary: {error}") from None
     # a token may be a line separator of Unicode, so only the newline parts lines
+    if not text.strip():
+        raise PlanError(f"{path} holds no tokens")
     lines = text.removesuffix("\n").split("\n")
     ids = {token.removesuffix("\r"): at for at, token in enumerate(lines)}
     return _Tokens(ids, _called(ids))

@@ -7,6 +7,7 @@ stands in the plan's rows.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from zoo.resolving import Source
 
 VOCABULARY = "vocabulary"
+_TOKENS = re.compile(r"word|tok|vocab|wte|shared|embed", re.IGNORECASE)
+_OTHER_TABLES = re.compile(r"pos|place|wpe|where|type|segment|kind", re.IGNORECASE)
 _INNER = ("intermediate_size", "ffn", "ffn_dim", "d_ff", "inner", "mlp_dim", "wide", "dim_feedforward", "n_inner")
 _ROUNDING = 1e-4  # what float32 alone does to an output
 _MOST = 4  # ways of reading a target's sizes that are tried
@@ -144,9 +147,32 @@ def tables_of_tokens(source: Source) -> tuple[str, ...]:
     return tuple(name for name in (rows_of_tokens(sizes) if sizes is not None else ()) if name in source.checkpoint)
 
 
-def rows_for(model: nn.Module, width: int, tokens: int) -> int:
-    """The rows of a target's table of so many tokens: it may have more of them."""
-    return min((count for count in Body.of(model).rows(width).values() if count >= tokens), default=tokens)
+def tables_that_may_hold_tokens(model: nn.Module, source: Source) -> dict[str, int]:
+    """{name: rows} of the target's tables of the source's width that are called as a vocabulary is; where none is, of
+    those that are not called or long as another table is."""
+    sizes, (first, *_) = sizes_of(source), tables_of_tokens(source)
+    assert sizes is not None  # it has tables
+    others = {value for name, value in sizes.values.items() if name != VOCABULARY}
+    rows = Body.of(model).rows(source.checkpoint[first].shape[-1])
+    plain = {name: count for name, count in rows.items() if not _OTHER_TABLES.search(name)}
+    called = {name: count for name, count in plain.items() if _TOKENS.search(name)}
+    return called or {name: count for name, count in plain.items() if count not in others}
+
+
+def rows_for(model: nn.Module, source: Source, tokens: int) -> int:
+    """The rows of a target's table of so many tokens: it may have more of them. ZooError where it has fewer."""
+    found = tables_that_may_hold_tokens(model, source)
+    if not found or tokens in found.values():
+        return tokens
+    larger = [count for count in found.values() if count > tokens]
+    if not larger:
+        name, count = max(found.items(), key=lambda each: each[1])
+        raise ZooError(
+            f"the tokenizer has {tokens:,} tokens, and {name} of the target {count:,} rows",
+            kind="file",
+            hint="give your module a row for each token, as in --set vocab_size=...",
+        )
+    return min(larger)
 
 
 def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Rule, ...], str]:
@@ -165,9 +191,15 @@ def by_token(source: Source, tokenizer: Any, model: nn.Module) -> tuple[tuple[Ru
     own = sizes.values[VOCABULARY]
     assert isinstance(own, int)
     found = token_map(folder, tokenizer, old_size=own)
-    rows = rows_for(model, source.checkpoint[names[0]].shape[-1], len(found.old))
+    rows = rows_for(model, source, len(found.old))
     if rows != len(found.old):
         found = token_map(folder, tokenizer, old_size=own, new_size=rows)
+    if not found.copied:
+        raise ZooError(
+            f"{tokenizer} and the tokenizer of {source.ref} share none of {len(found.old):,} tokens",
+            kind="file",
+            hint="nothing of the source's table would be left: is it a tokenizer of the same texts?",
+        )
     rules = tuple(Derive(name, f'vocab_map({name}, rows="{found.rows}", seed=0)', implied=True) for name in names)
     return rules, str(found)
 

@@ -82,6 +82,7 @@ def attempts(
     source does not know. shrink: the source is made as narrow as the target.
     """
     from surgery.rules import checked
+    from zoo import remedies
     from zoo.adapting import by_token, changes, derived, making, narrower, of_plan, remade
     from zoo.donors import placed, rule_of
 
@@ -146,7 +147,11 @@ def attempts(
                 hint="; ".join(passed[:2]) or "give the rule the size that your module has",
             ) from error
         assert runnable is not None
-    probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
+    try:
+        probe, notes = probe_for(runnable, model, example=example, into=into, where=where)
+    except ZooError as error:
+        error.hint = "; ".join([*remedies.fewer_tokens(source, grafted, own), error.hint])
+        raise
     wide.append(Attempt(probe, (*spoken, *notes, *passed), None, runnable, own))
     yield wide[-1]
     for way in wide:

@@ -153,7 +153,7 @@ def plan(out: Out, asked: Asked) -> int:
     if good:
         out.hint(f"zoo graft {asked.ref} {asked.file} writes the weights")
     else:
-        _remedies(out, asked, report)
+        _remedies(out, job, asked, report)
     return 0 if good else NO
 
 
@@ -205,7 +205,7 @@ def graft(out: Out, asked: Asked, output: str | None, force: bool, html: str | N
         name = weights.name if weights.parent == Path() else weights
         out.hint(f'model.load_state_dict(safetensors.torch.load_file("{name}"))')
     elif not good:
-        _remedies(out, asked, report)
+        _remedies(out, job, asked, report)
     return 0 if good else NO
 
 
@@ -472,7 +472,12 @@ def _tell(out: Out, job: Job, asked: Asked, report: surgery.Report, wrote: list[
     out.data(thing, human, lambda: str(wrote[0]) if wrote else str(report.verdict))
 
 
-def _remedies(out: Out, asked: Asked, report: surgery.Report) -> None:
+def _remedies(out: Out, job: Job, asked: Asked, report: surgery.Report) -> None:
+    from zoo import remedies
+
+    if str(report.verdict) == "refuted" and not (asked.rules or asked.layers or asked.shrink or asked.plan):
+        for each in remedies.of(job.source, job.target.model, report):
+            out.hint(each)
     if str(report.verdict) == "ambiguous" and report.candidates:
         out.hint("nothing was written; --accept N takes a candidate")
     elif asked.accept is not None and str(report.verdict) == "ambiguous":

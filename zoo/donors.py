@@ -54,7 +54,7 @@ def _placed(rule: Transplant, source: Source | None, model: nn.Module | None) ->
         if model is not None and not rule.rows and place.tables:
             new = Path(rule.tokenizer) if rule.tokenizer else Path(place.donor).parent
             tokens = len(token_map(new, new).old)
-            rows = rows_for(model, source.checkpoint[place.tables[0]].shape[-1], tokens)
+            rows = rows_for(model, source, tokens)
             rule = replace(rule, rows=rows if rows != tokens else 0)
     return replace(rule, place=place)
 
