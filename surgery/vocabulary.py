@@ -158,7 +158,7 @@ def label_map(old: Labels, new: Labels) -> LabelMap:
     as LABEL_0, ids that do not count from 0, a label that could be more than one."""
     before, after = _labels(old, "old"), _labels(new, "new")
     index = [NEW] * len(after)
-    for spelled in (str, _loose):
+    for spelled in (str, loosely):
         places: defaultdict[str, list[int]] = defaultdict(list)
         wanted: defaultdict[str, list[int]] = defaultdict(list)
         taken = set(index)
@@ -176,13 +176,14 @@ def label_map(old: Labels, new: Labels) -> LabelMap:
                 raise PlanError(
                     f'the label "{label}" stands {len(places[label])} times among the old labels and {len(rows)} times '
                     "among the new: which is which is open",
-                    hint="write the index of label_remap by hand",
+                    hint="give each class a name of its own; or write the index of label_remap by hand",
                 )
     taken = set(index)
     return LabelMap(tuple(index), tuple(label for row, label in enumerate(before) if row not in taken))
 
 
-def _loose(label: str) -> str:
+def loosely(label: str) -> str:
+    """A label without regard to case, spaces, underscores and hyphens."""
     return re.sub(r"[\s_-]+", " ", label).strip().casefold()
 
 

@@ -55,6 +55,16 @@ class Change:
         """The model of these sizes, holding the resized tensors."""
         return self.source.reference()
 
+    def _of_kept(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Both outputs for the labels that both have, in one order, where labels were chosen."""
+        index, own = self.after.get(LABELS), self.before.get(LABELS)
+        if not isinstance(index, tuple) or not isinstance(own, tuple):
+            return x, y
+        if (x.shape[-1], y.shape[-1]) != (len(own), len(index)):
+            return x, y
+        kept = [place for place, row in enumerate(index) if row >= 0]
+        return x[..., [index[place] for place in kept]], y[..., kept]
+
     def drift(self, before: PartProbe, after: PartProbe) -> dict[str, float]:
         """By output: how far it moves where both models see the same thing, before any training; relative, the worst
         of two inputs. Outputs of another length are compared by their mean over it."""
@@ -68,7 +78,7 @@ class Change:
             with torch.no_grad():
                 a, b = before.run(before.reference, old), after.run(after.reference, new)
             for name, x, y in zip(before.outputs, a, b, strict=True):
-                moved = _moved(x, y)
+                moved = _moved(*self._of_kept(x, y))
                 if moved is not None:
                     found[name] = max(found.get(name, 0.0), moved)
         return found

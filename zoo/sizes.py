@@ -246,10 +246,11 @@ def labelled(
     theirs: list[tuple[str, ...]] = [tuple(namings[0])]
 
     def wanted(body: Body) -> Iterator[Mapping[str, Value]]:
-        from surgery.vocabulary import label_map
+        from surgery.vocabulary import label_map, loosely
 
-        best = max(namings, key=lambda names: len(set(names) & set(body.labels)))
-        if set(best) & set(body.labels):
+        wanted_of = {loosely(name) for name in body.labels}
+        best = max(namings, key=lambda names: sum(loosely(name) in wanted_of for name in names))
+        if any(loosely(name) in wanted_of for name in best):
             theirs[:] = [body.labels]
             yield {LABELS: label_map(best, body.labels).index}
 

@@ -216,6 +216,13 @@ def test_rows_of_a_head_by_the_names_of_classes(tmp_path: Path) -> None:
     other.classes = ["love", "surprise", "fear"]  # type: ignore[assignment]
     report = zoo.graft(f"file:{tmp_path}", other, example=example())
     assert torch.equal(other.get_parameter("tag.bias")[[0, 2]], model.classifier.bias[[3, 2]])
+    # of what both know nothing moves, whatever the order
+    assert any("what both sizes take gives the same" in note for note in report.plan.notes)
+    spelled = target()
+    spelled.tag = nn.Linear(16, 2)
+    spelled.classes = ["Love", "FEAR"]  # type: ignore[assignment]
+    zoo.graft(f"file:{tmp_path}", spelled, example=example(), require="proven")
+    assert torch.equal(spelled.get_parameter("tag.weight"), model.classifier.weight[[3, 2]])
     assert any("labels by name: 2 kept, 1 new" in note for note in report.plan.notes)
 
     unnamed = target()
