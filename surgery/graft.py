@@ -15,7 +15,7 @@ from surgery.checkpoint import Checkpoint, TensorInfo
 from surgery.checkpoint import open as open_checkpoint
 from surgery.errors import GraftError, PlanError, SurgeryError
 from surgery.plan import Plan, Row, Stamp, Status
-from surgery.prepared import Prepared
+from surgery.prepared import Prepared, uncast
 from surgery.probe import Probe
 from surgery.proof import Proof
 from surgery.report import Report, Verdict
@@ -170,7 +170,7 @@ def verify(
         made = Prepared.of(open_checkpoint(source), probe, _rules(plan, rules))
         relative.check(made.base, infos(module))
         assert made.probe is not None
-        inner = made.inward(relative)
+        inner = made.inward(uncast(relative))
         judge = judge_of(made.source, module, inner, made.probe, departing=departing, blockwise=blockwise)
         proof = judge.prove(passes)
         return made.proof(proof, relative)

@@ -22,7 +22,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.derivation import Derivation, brought_back, derivation, set_aside
 from surgery.derived import composed, decomposed, derive
 from surgery.errors import GraftError, SurgeryError
-from surgery.expr import Name, evaluate, kind, names, substituted
+from surgery.expr import Call, Name, evaluate, kind, names, substituted
 from surgery.plan import STALE, Plan
 from surgery.rules import Reshape, Rule, RuleError
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from surgery.expr import Expr
     from surgery.probe import Probe
     from surgery.proof import Proof
+
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,18 @@ class Prepared:
         made = (row for row in self.inward(plan).rows if adapted.intersection(row.sources))
         changed += [row.target for row in made if row.target not in as_is]
         return replace(proof, adapted=tuple(dict.fromkeys((*proof.adapted, *changed))))
+
+
+def uncast(plan: Plan) -> Plan:
+    """The plan before its rows were cast to another floating-point type; itself where none was. That is what a proof is
+    about, which names the casts that lose bits as adapted."""
+    rows = tuple(
+        replace(row, expr=row.expr.args[0])
+        if isinstance(row.expr, Call) and row.expr.op == "cast" and dict(row.expr.params)["dtype"] in _FLOATS
+        else row
+        for row in plan.rows
+    )
+    return plan if rows == plan.rows else replace(plan, rows=rows, verdict=None, verdict_for=None, proven=())
 
 
 def _ruled(plan: Plan, rules: tuple[str, ...]) -> Plan:

@@ -131,7 +131,7 @@ def _ruled(plan: surgery.Plan, source: Source, read: surgery.Checkpoint) -> surg
     rows = derivation(read, rules).rows
     whole = brought_back(plan)
     if not any(isinstance(rule, Reshape) for rule in rules):
-        decomposed(whole, derive(read, rows), rows)
+        decomposed(whole, read, derive(read, rows), rows)
     return set_aside(whole, rules, read, [row.target for row in plan.rows])
 
 
@@ -205,4 +205,11 @@ def written_by(
     wrote = written.write_to_file(
         read, plan, weights, verdict=verdict, base=model.state_dict(), like=None, shard_size=filing.shard_size
     )
-    return replace(report, plan=plan), wrote
+    if plan.rows == report.plan.rows:
+        return replace(report, plan=plan), wrote
+    import surgery
+
+    said = f"cast where it was written; before that it was {report.verdict}"
+    return surgery.Report.of(
+        plan, verdict, proof=report.proof, message=said, dtype_of=lambda name: read[name].dtype
+    ), wrote

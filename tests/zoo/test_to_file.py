@@ -171,6 +171,9 @@ def test_a_cast_of_a_graft(run: Run) -> None:
     assert done.status == 0, done.err
     half, whole = load_file("half.safetensors"), load_file("mine.safetensors")
     assert all(torch.equal(half[name], t.bfloat16()) for name, t in whole.items())
+    assert "before that it was proven" in done.out
+    done = run("verify", REF, "mine.py", "--weights", "half.safetensors", "--json")
+    assert (done.status, done.json["verdict"]) == (0, "adapted"), done.err
 
 
 def test_shards_there_and_one_file_back(layouts: Path, run: Run) -> None:
