@@ -336,7 +336,6 @@ def test_grouped_queries_out_of_a_fused_projection(name: str, tensor: str, axis:
     ("name", "do", "says"),
     [
         ("gpt2", lambda m, x: surgery.mha_to_gqa(m, x, "heads", kv_heads=3), "4 heads do not divide into 3 groups"),
-        ("neox", lambda m, x: surgery.mha_to_gqa(m, x, "heads", kv_heads=2), "fused head by head"),
         ("gpt2", lambda m, x: surgery.prune_heads(m, x, "heads", heads=[4]), "4 is none of them"),
         ("gpt2", lambda m, x: surgery.prune_heads(m, x, "heads", heads=[0, 1, 2, 3]), "one has to stay"),
         ("gpt2", lambda m, x: surgery.widen(m, x, "inner", to=8), "8 units are fewer"),
