@@ -45,7 +45,7 @@ def scalars(module: nn.Module, used: set[int]) -> dict[int, Tensor]:
     found = {}
     for t in tensors_of(module):
         if t.dtype == torch.float32 and id(t) not in used and not t.is_meta and one_number(t):
-            stored = float(t.reshape(-1)[0])
+            stored = float(t.detach().reshape(-1)[0])
             value = _round_numbers().get(abs(stored))
             if value is not None and value != abs(stored):
                 exact = value if stored > 0 else -value
