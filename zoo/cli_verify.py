@@ -84,6 +84,7 @@ def verify(
     passes = passing.wanted(on, required, compiled, machine=True)
     path = written.destination(weights, file)
     made = written.read(path)
+    written.check_into(made, into)
     asked = Asked(
         ref, file, part, revision, sets, fit, 0, example, into, str(path), None, False, None, "consistent", False,
         blockwise=blockwise,

@@ -202,6 +202,23 @@ def read(weights: Path) -> Written:
     return Written(surgery.open(weights), surgery.Plan.load(beside), beside)
 
 
+def check_into(made: Written, into: str) -> None:
+    """ZooError where the plan fills nothing in the submodule that is asked about: the plan beside weights that were
+    grafted in several steps is that of the last step."""
+    from surgery.plan import Status
+
+    filled = [row.target for row in made.plan.rows if row.status is Status.FILLED]
+    if not into or not filled or any(name.startswith(f"{into}.") for name in filled):
+        return
+    first = filled[0].partition(".")[0]
+    raise ZooError(
+        f"{made.path} fills nothing in {into}: it is the plan of what was grafted last, of {made.plan.source.description}, "
+        f"whose tensors are in {first}",
+        kind="file",
+        hint="graft each step with an -o of its own, so that each keeps its plan",
+    )
+
+
 def start_from(model: nn.Module, path: str, *, mapped: bool = False) -> surgery.Checkpoint | None:
     """Load a person's own weights into their module: every tensor of it, and nothing else. `mapped`: as views of the
     file, where the module loads them in no way of its own; then it gives the file.

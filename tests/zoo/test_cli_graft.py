@@ -169,6 +169,10 @@ def test_two_towers(run: Run, folder: Path) -> None:
         assert torch.equal(tensors[f"{side}.word.weight"], source["embeddings.word_embeddings.weight"])
     done = run("verify", "file:other#encoder", "pair.py", "--into", "right", "-q")
     assert (done.status, done.out) == (0, "proven\n")
+    done = run("verify", REF, "pair.py", "--into", "left")
+    assert (done.status, done.out) == (2, "")
+    assert "pair.graft.toml fills nothing in left" in done.err
+    assert "an -o of its own" in done.err
 
 
 def test_init_keeps_a_trained_head(run: Run, folder: Path) -> None:
