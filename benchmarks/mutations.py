@@ -1,6 +1,6 @@
 """How the proof is tested: defects put into correct grafts, and correct grafts on which no pass may fail.
 
-python benchmarks/mutations.py                      # everything; some 40 minutes on two quiet cores
+python benchmarks/mutations.py                      # everything; some 11 minutes on one core
 python benchmarks/mutations.py --sample 60          # some of the defects of each set, of every kind
 python benchmarks/mutations.py --no-correct         # the defects alone
 python benchmarks/mutations.py --no-defects         # the correct grafts alone
