@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def of(source: Source, model: nn.Module, report: surgery.Report) -> Iterator[str]:
     """Sentences, likeliest first; none where the sizes do not say."""
     yield from _narrower(source, model)
-    yield from _shallower(source, report)
+    yield from _shallower(source, model, report)
 
 
 def fewer_tokens(source: Source, model: nn.Module, rules: Sequence[Rule]) -> Iterator[str]:
@@ -52,13 +52,24 @@ def _narrower(source: Source, model: nn.Module) -> Iterator[str]:
         yield f"your module is {narrow:,} wide, and the source {wide:,}: --shrink makes it narrower, which is lossy"
 
 
-def _shallower(source: Source, report: surgery.Report) -> Iterator[str]:
+def _blocks(model: nn.Module) -> int:
+    """How many the longest list of blocks in the target's names has, of the outermost; 0 where none is numbered."""
+    numbers: dict[str, set[str]] = {}
+    for name in model.state_dict(keep_vars=True):
+        if (place := re.search(r"(?:^|(?<=\.))(\d+)(?=\.)", name)) is not None:
+            numbers.setdefault(name[: place.start()], set()).add(place[1])
+    return max(map(len, numbers.values()), default=0)
+
+
+def _shallower(source: Source, model: nn.Module, report: surgery.Report) -> Iterator[str]:
     from surgery.derivation import stacks
 
+    has = _blocks(model)
     for at, count in stacks(source.checkpoint).items():
         inside = re.compile(rf"{re.escape(at)}\.(\d+)\." if at else r"(\d+)\.")
         used = {int(found[1]) for name in report.plan.used if (found := inside.match(name))}
-        if used and len(used) < count and used == set(range(len(used))):
-            kept = ",".join(map(str, range(len(used))))
-            blocks = f"{len(used)} of the {count} blocks of {at}" if at else f"{len(used)} of the {count} blocks"
+        # A refused plan may hold the first blocks only, of a target that has them all.
+        if used and used == set(range(len(used))) and len(used) <= has < count:
+            kept = ",".join(map(str, range(has)))
+            blocks = f"{has} of the {count} blocks of {at}" if at else f"{has} of the {count} blocks"
             yield f"your module has a place for {blocks}: --layers {kept} keeps so many, which is lossy"

@@ -212,8 +212,8 @@ def check_into(made: Written, into: str) -> None:
         return
     first = filled[0].partition(".")[0]
     raise ZooError(
-        f"{made.path} fills nothing in {into}: it is the plan of what was grafted last, of {made.plan.source.description}, "
-        f"whose tensors are in {first}",
+        f"{made.path} fills nothing in {into}: it is the plan of what was grafted last, of "
+        f"{made.plan.source.description}, whose tensors are in {first}",
         kind="file",
         hint="graft each step with an -o of its own, so that each keeps its plan",
     )

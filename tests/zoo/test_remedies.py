@@ -52,6 +52,18 @@ def test_what_to_type_next(
     assert not Path("mine.safetensors").exists()
 
 
+def test_a_plan_of_the_first_blocks_is_no_shallow_target(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is refused in the first of as many blocks as the source has needs no --layers."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(tiny_bert.MINE.replace("F.gelu(", "F.silu(").replace("nn.GELU()", "nn.SiLU()"))
+    assert main(["graft", f"file:{source}#encoder", "mine.py"]) == 1
+    said = capsys.readouterr()
+    assert "--allow-different" in said.err
+    assert "--layers" not in said.err
+
+
 def test_a_table_of_tokens_is_told_from_others_of_its_width(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
