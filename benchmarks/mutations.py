@@ -46,7 +46,7 @@ def defects(only: str, sample: int, seed: int, verbose: bool, second: bool) -> N
     for defect in suite.chosen(only, sample, seed, second=second):
         try:
             outcomes.append(suite.judged_of(defect))
-        except (surgery.SurgeryError, RuntimeError) as error:
+        except (surgery.SurgeryError, RuntimeError, ImportError) as error:
             print(f"NOT JUDGED {defect.name}: {error}", flush=True)
             continue
         except KeyboardInterrupt:
