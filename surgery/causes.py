@@ -374,7 +374,7 @@ def padding(place: Place) -> Iterator[Found]:
             for sides in _sides(sizes) if wide == 1 else [sizes]:
                 try:
                     padded = F.pad(x, sides, mode=mode)
-                except (RuntimeError, ValueError, NotImplementedError):
+                except (RuntimeError, ValueError):
                     continue  # torch has no such border here (a reflection wider than what it reflects): no cause
                 if padded.shape == now.shape and torch.equal(padded, now):
                     has = "zeros" if mode == "constant" else mode

@@ -310,7 +310,7 @@ def without_heads(coupling: Coupling, values: Mapping[str, Tensor], groups: Mapp
     module = Rewritten(model, values, _Programs(bare, coupling.run, kept, list(groups.items())))
     try:
         rerun(twin.twin(module), tree_map(twin.lift, coupling.x))
-    except (SurgeryError, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+    except (SurgeryError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # an operator that does not take these sizes, by whatever it says so
     return StandIn(module, rerun)
 

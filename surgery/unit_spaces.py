@@ -229,7 +229,7 @@ def cut(space: Space, sizes: Sequence[int], where: str) -> list[Space]:
     at = 0
     for piece in pieces(space):
         inner = sorted({end - at for end in ends if at < end < at + piece.size} | {piece.size})
-        lengths = [end - start for start, end in zip([0, *inner], inner, strict=False)]
+        lengths = [end - start for start, end in itertools.pairwise([0, *inner])]
         fine += cut(piece, lengths, where)
         at += piece.size
     out: list[Space] = []

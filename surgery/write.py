@@ -276,7 +276,7 @@ def _write(
             places[name] = number, offset
             offset += infos[name].nbytes
     with _beside(paths) as files:
-        for file, header in zip(files, headers, strict=False):  # the index, where there is one, has none
+        for file, header in zip(files[: len(headers)], headers, strict=True):  # the index, where there is one, has none
             _put(file, memoryview(header))
         for piece in pieces:
             data = None if piece.span is not None else _bytes_of(piece)

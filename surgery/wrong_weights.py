@@ -326,8 +326,8 @@ def _query_key(a: str, b: str) -> bool:
 
 def _exchanged(a: str, b: str) -> str:
     """Of two layers where the names differ in a number alone, else of two places in one."""
-    differ = [(p, q) for p, q in zip(a.split("."), b.split("."), strict=False) if p != q]
-    return "swapped layers" if differ and all(p.isdigit() and q.isdigit() for p, q in differ) else "swapped tensors"
+    unnumbered = [["" if part.isdigit() else part for part in name.split(".")] for name in (a, b)]
+    return "swapped layers" if a != b and unnumbered[0] == unnumbered[1] else "swapped tensors"
 
 
 def stores_of(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Stores:

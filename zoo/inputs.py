@@ -337,7 +337,7 @@ def _named(example: Any, names: Sequence[str]) -> Any:
         return inside(example, "")
     if isinstance(example, tuple):
         spelled = [*names, *(f"argument {i + 1}" for i in range(len(names), len(example)))]
-        return tuple(inside(value, name) for name, value in zip(spelled, example, strict=False))
+        return tuple(inside(value, name) for name, value in zip(spelled[: len(example)], example, strict=True))
     return inside(example, names[0] if names else "x")
 
 
