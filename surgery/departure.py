@@ -262,7 +262,7 @@ class DepartingJudge(Judge):
                     "of numbers: what it computes cannot be told from the rest",
                     hint="Name the module whose forward calls it.",
                 )
-        barred = _depending(ours, set(self.new)) if self.surfaced else set()
+        barred = ours.depending(set(self.new)) if self.surfaced else set()
         expected = self.expected[at]
         allowed = final(ours, set(self.values), barred)
 
@@ -381,24 +381,14 @@ class DepartingJudge(Judge):
         calls: list[Call] = []
         tape = self.record_target(target, at, calls)
         self._check_into(tape, at)
-        barred = _depending(tape, set(self.new))
+        barred = tape.depending(set(self.new))
         allowed = final(tape, set(self.values), barred)
         index = FingerprintIndex(
             (v, value.fingerprint)
             for v, value in enumerate(tape.values)
             if v in allowed or (value.origin == "node" and value.data and value.weights)
         )
-        results = []
-        found.tapes.append((tape, []))
-        for name, a in zip(self.names, expected, strict=True):
-            hit = surface.search(a, tape, index, calls)
-            found.tapes[-1][1].extend(hit.vids[:1])
-            why = ""
-            if hit.residual > GATE:
-                why = f"{name} of the reference does not occur among the target's activations on {self.inputs[at][0]}"
-                if hit.residual < surface.INF and hit.places:
-                    why += f"; the nearest, in {surface.innermost(hit.places)}, differs by {hit.residual:.1e}"
-            results.append((hit.residual, why, hit.places))
+        results = self._occurring(expected, tape, index, calls, at, found)
         self._hits[at] = list(found.tapes[-1][1])
         return results
 
@@ -486,12 +476,6 @@ def _spoken(idle: Mapping[str, str], departing: Mapping[str, str]) -> list[str]:
         whole = len(several) > 1 and pattern not in {p for n, p in departing.items() if n not in idle}
         found[pattern if whole else name or "the whole target"] = None
     return list(found)
-
-
-def _depending(tape: Tape, new: set[str]) -> set[int]:
-    from surgery.divergence import _depending as depending
-
-    return depending(tape, new)
 
 
 def _size(x: Any) -> int:

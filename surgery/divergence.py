@@ -57,7 +57,7 @@ def _recorded(judge: Judge, at: int) -> Divergence | None:
     theirs = Run(theirs_tape, theirs_tape.outputs())
     ours = Run(ours_tape, ours_tape.outputs())
     if surfaced:
-        ours.barred = _depending(ours_tape, set(judge.new)) | ours_tape.inside()
+        ours.barred = ours_tape.depending(set(judge.new)) | ours_tape.inside()
     pair = Pair(ours, theirs)
     if surfaced:
         ours.outputs = pair.sinks(ours)
@@ -98,15 +98,6 @@ def _tape(judge: Judge, side: Side, twin: nn.Module, at: int, weights: set[str])
     x = tree_map(lambda t: t.to(judge.device) if isinstance(t, Tensor) else t, x)
     with side.failures(twin, label):
         return record(side.run, twin, x, weights=weights, lines=caller, within=nearby.held(judge, at, side))
-
-
-def _depending(tape: Tape, new: set[str]) -> set[int]:
-    """The values that depend on these tensors."""
-    found = {vid for vid, v in enumerate(tape.values) if v.name in new}
-    for node in tape.nodes:
-        if found.intersection(node.inputs):
-            found.update(o for o in node.outs if o >= 0)
-    return found
 
 
 def _place(pair: Pair) -> Place | None:
@@ -187,7 +178,7 @@ def _heads(judge: Judge, place: Place, at: int) -> Found | None:
             continue  # it does not run with that number: that is not all of it
         run = Run(tape, tape.outputs())
         if judge.probe.run_target is None:
-            run.barred = _depending(tape, set(judge.new))
+            run.barred = tape.depending(set(judge.new))
         pair = Pair(run, Run(place.pair.theirs.tape, place.pair.theirs.outputs))
         if judge.probe.run_target is None:
             run.outputs = pair.sinks(run)

@@ -28,7 +28,7 @@ from surgery.errors import GraftError
 from surgery.exercise import Exercise, NotFaithful, unused_masks
 from surgery.expr import kind, names
 from surgery.link import held, link
-from surgery.mapper.record import NEAR, Fingerprint, NotRecordable, Tape, fingerprint, record, same
+from surgery.mapper.record import NEAR, Fingerprint, FingerprintIndex, NotRecordable, Tape, fingerprint, record, same
 from surgery.plan import Plan, Status
 from surgery.probe import Probe
 from surgery.proof import GATE, PassResult, Proof
@@ -313,7 +313,18 @@ class Judge:
     ) -> list[tuple[float, str, frozenset[Place]]]:
         calls: list[Call] = []
         tape = self.record_target(target, at, calls, frozenset(a.numel() for a in expected), like=expected)
-        index = surface.indexed(tape)
+        return self._occurring(expected, tape, surface.indexed(tape), calls, at, found)
+
+    def _occurring(
+        self,
+        expected: list[Tensor],
+        tape: Tape,
+        index: FingerprintIndex,
+        calls: list[Call],
+        at: int,
+        found: Comparison,
+    ) -> list[tuple[float, str, frozenset[Place]]]:
+        """Each of the reference's outputs where it occurs among the activations in the index."""
         results = []
         found.tapes.append((tape, []))
         for name, a in zip(self.names, expected, strict=True):
@@ -322,7 +333,7 @@ class Judge:
             why = ""
             if hit.residual > GATE:
                 why = f"{name} of the reference does not occur among the target's activations on {self.inputs[at][0]}"
-                if hit.residual < INF:
+                if hit.residual < INF and hit.places:
                     why += f"; the nearest, in {surface.innermost(hit.places)}, differs by {hit.residual:.1e}"
             results.append((hit.residual, why, hit.places))
         return results

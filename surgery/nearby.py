@@ -43,14 +43,12 @@ def held(judge: Judge, at: int, side: Side) -> range | None:
 
 
 def _windows(judge: Judge, at: int) -> Mapping[str, range]:
-    from surgery.divergence import _depending
-
     surfaced = judge.probe.run_target is None
     theirs = _printed(judge, judge.reference_side, judge.reference_twin(), at, set(judge.links))
     ours = _printed(judge, judge.target_side, judge.target_twin(new=surfaced), at, set(judge.values))
     run = Run(ours, ours.outputs())
     if surfaced:
-        run.barred = _depending(ours, set(judge.new))
+        run.barred = ours.depending(set(judge.new))
     pair = Pair(run, Run(theirs, theirs.outputs()))
     if surfaced:
         run.outputs = pair.sinks(run)

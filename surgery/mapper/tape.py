@@ -79,6 +79,14 @@ class Tape:
     lines: dict[int, tuple[str, int]] = field(default_factory=dict)  # by node, where asked for: file and line
     replaced: list[Replaced] = field(default_factory=list)  # where a departure was cut out (surgery.departure)
 
+    def depending(self, names: set[str]) -> set[int]:
+        """The values that depend on these tensors, and these themselves."""
+        found = {vid for vid, v in enumerate(self.values) if v.name in names}
+        for node in self.nodes:
+            if found.intersection(node.inputs):
+                found.update(o for o in node.outs if o >= 0)
+        return found
+
     def outputs(self) -> list[int]:
         return [r.vid for r in tree_iter(self.result) if isinstance(r, Ref)]
 
