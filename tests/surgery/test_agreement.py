@@ -28,28 +28,17 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from surgery import ops
 from surgery.errors import PlanError
-from surgery.expr import call, evaluate, infer
-from tests.agreement import agree
+from surgery.expr import call, infer
+from tests.agreement import SEEDS, agree, run
 
 NARROW = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*NARROW, torch.float64]
 SIDES = st.tuples(st.integers(1, 7), st.integers(1, 7))
-SEEDS = st.integers(0, 1000)
 some = settings(max_examples=60, deadline=None)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def run(op: str, *tensors: Tensor, **params: ops.Value) -> Tensor:
-    """The op's value, after `infer` foretold its shape."""
-    read = {f"t{n}": tensor for n, tensor in enumerate(tensors)}
-    expr = call(op, *read, **params)
-    foretold = infer(expr, lambda name: tuple(read[name].shape))
-    result = evaluate(expr, read.__getitem__)
-    assert tuple(result.shape) == foretold
-    return result
 
 
 def agrees(op: str, reference: str, mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.zoo.conftest import Done, Zoo
-from zoo import account, cli
+from tests.zoo.conftest import Done, Zoo, calling
+from zoo import account
 from zoo.out import table
 
 Run = Callable[..., Done]
@@ -28,13 +28,7 @@ def blocks(seed: int = 0) -> dict[str, Tensor]:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(["diff", *arguments])
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys, "diff")
 
 
 def test_the_same(run: Run) -> None:

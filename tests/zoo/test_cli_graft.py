@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 import zoo as package
 from tests import tiny_bert
-from tests.zoo.conftest import Done, Zoo
+from tests.zoo.conftest import Done, Zoo, calling
 from zoo import account, cli, target
 
 pytest.importorskip("transformers")
@@ -64,13 +64,7 @@ def folder(grafted: Grafted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line, in this process and that folder."""
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys)
 
 
 # ---------------------------------------------------------------------------------------------------- yes

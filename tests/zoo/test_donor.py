@@ -14,8 +14,7 @@ import surgery
 from surgery.vocabulary import token_map
 from tests import tiny_bert
 from tests.vocabularies import COMMON, RARE, saved, trained
-from tests.zoo.conftest import Done
-from zoo import cli
+from tests.zoo.conftest import Done, calling
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -28,13 +27,7 @@ WORD = "embeddings.word_embeddings.weight"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys)
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import torch
 
 import surgery
 from tests.surgery.test_experts import SIZES, llama
-from tests.zoo.conftest import ON_DISK, Done
-from zoo import cli
+from tests.zoo.conftest import ON_DISK, Done, calling
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,13 +76,7 @@ class Sparse(nn.Module):
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys)
 
 
 def test_gpt2_into_own_experts(zoo: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests import tiny_bert
 from tests.zoo import large_report
-from tests.zoo.conftest import Done
+from tests.zoo.conftest import Done, calling
 from zoo import cli, html
 from zoo.errors import ZooError
 
@@ -176,13 +176,7 @@ def run(
     shutil.copytree(grafted[0], tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys)
 
 
 def test_graft_writes_a_page_and_says_the_same_json(grafted: tuple[Path, Done]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from tests import tiny_bert
-from tests.zoo.conftest import Done
+from tests.zoo.conftest import Done, calling
 from zoo import cli, target
 
 transformers = pytest.importorskip("transformers")
@@ -46,13 +46,7 @@ def folder(grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(list(arguments))
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys)
 
 
 def bytes_of(*names: str) -> list[bytes]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny_bert
-from tests.zoo.conftest import Done
+from tests.zoo.conftest import Done, calling
 from zoo import cli
 
 pytest.importorskip("transformers")
@@ -36,13 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(folder)
 
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = cli.main(["verify", REF, "mine.py", *arguments])
-        captured = capsys.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
+    return calling(capsys, "verify", REF, "mine.py")
 
 
 def passes(done: Done) -> dict[str, Any]:
